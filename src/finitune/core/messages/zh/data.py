@@ -1,0 +1,25 @@
+"""Words of the data floor."""
+
+TEXTS = {
+    "data.did_you_mean": " 是否想用 {names}？",
+    "data.none": "无",
+    "data.more": "另有 {count} 个",
+    "data.kind.gzip": "gzip 压缩文件",
+    "data.kind.zip": "zip 压缩文件",
+    "data.kind.compressed": "压缩文件",
+    "data.kind.parquet": "后缀不对的 parquet 文件",
+    "data.kind.utf16": "UTF-16 或 UTF-32 文本",
+    "data.kind.image": "图像",
+    "data.kind.pdf": "PDF 文档",
+    "data.kind.pickle": "Python pickle",
+    "data.kind.binary": "二进制文件（含有 NUL 字节）",
+    "data.cure.gzip": "先解压：gunzip FILE",
+    "data.cure.zip": "先解压：unzip FILE",
+    "data.cure.compressed": "先解压",
+    "data.cure.parquet": "把后缀改为 .parquet",
+    "data.cure.utf16": "转换编码：iconv -f UTF-16 -t UTF-8 FILE > NEW",
+    "data.cure.image": "请给出描述各行的 .jsonl 文件",
+    "data.cure.pdf": "把其中的文本提取到 .txt 或 .jsonl 文件",
+    "data.cure.pickle": "pickle 从不打开（它会执行代码）；请把各行存为 .jsonl",
+    "data.cure.binary": "把各行存为 UTF-8 的 .jsonl",
+}

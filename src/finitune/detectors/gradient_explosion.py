@@ -1,0 +1,109 @@
+"""Gradient explosion: the gradient norm is finite but far above all of the recent past.
+
+What it sees:
+    ln(gradient norm before clipping, loss scale divided out) against the window of committed steps:
+    above the median by `factor` and by `num_sigmas` robust standard deviations, and above the largest of
+    the last `recent_steps` by `recent_factor`. The first `min_steps` steps are never judged.
+
+Why it is bad:
+    Clipping bounds the length of the update, not its direction, and Adam's second moment remembers the
+    outlier for about 1 / (1 - beta2) steps. It is often the last finite step before NaN. The batch is
+    refused and given up; after `max_vetoes_in_a_row` refusals the next such step is reported and passes.
+
+Example:
+    norms around 1.1 (0.5 to 2.6), then 48: above 1.1 * 4 and above 2.6 * 1.5: refused
+
+What to do:
+    Look at the rows of the batch. Without clipping: max_grad_norm: 1.0. If it grows step by step: a
+    smaller learning rate.
+
+Source:
+    Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks", section 2;
+    Huang et al. 2025, "SPAM", for outliers that stay in Adam's moments.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finitune.core.codes import Code, Text
+from finitune.core.robust import History
+from finitune.core.types import Finding, Reading, Severity
+from finitune.detectors._checks import above, at_least
+from finitune.detectors._outlier import Rule, outlier
+
+GRADIENT_EXPLOSION = Code(
+    "NUM011",
+    Severity.WARNING,
+    Text(
+        "the gradient exploded",
+        "The gradient norm is {grad_norm} at step {step}, {times} times the median {median} (limit {limit}).",
+        "Clipping would shorten such a gradient but keep its direction, and the optimizer's second moment would "
+        "remember it. A step that is refused for it leaves no trace; a level that stays is let through.",
+        (
+            "look at the rows of this batch",
+            "set max_grad_norm: 1.0 if there is no clipping",
+            "if it grows step by step: a smaller learning_rate or more warmup_ratio",
+            "if your data really varies so much: raise guard.detectors.gradient_explosion.factor",
+        ),
+    ),
+    Text(
+        "梯度爆炸",
+        "第 {step} 步的梯度范数为 {grad_norm}，是中位数 {median} 的 {times} 倍（上限 {limit}）。",
+        "裁剪只会缩短这样的梯度，方向不变，优化器的二阶动量也会记住它。因此被拒绝的步不留任何痕迹；"
+        "若新的水平持续，则予以放行。",
+        (
+            "检查该批数据",
+            "若未裁剪梯度：设置 max_grad_norm: 1.0",
+            "若逐步增大：减小 learning_rate 或增大 warmup_ratio",
+            "若数据本来就差异很大：增大 guard.detectors.gradient_explosion.factor",
+        ),
+    ),
+)
+
+CODES = (GRADIENT_EXPLOSION,)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Limits of a gradient explosion."""
+
+    factor: float = 4.0
+    """At least this many times the median; small fine-tunes vary by 2-3 times from step to step."""
+    num_sigmas: float = 8.0
+    """At least this many robust standard deviations of ln(norm) above the median."""
+    recent_factor: float = 1.5
+    """At least this many times the largest of the last ``recent_steps`` norms."""
+    recent_steps: int = 64
+    """How many committed steps count as recent."""
+    min_steps: int = 20
+    """Committed steps before anything is judged."""
+    max_vetoes_in_a_row: int = 3
+    """After this many refused batches in a row an explosion is reported but passes."""
+
+    def __post_init__(self) -> None:
+        above("factor", self.factor, 1.0)
+        above("num_sigmas", self.num_sigmas, 0.0)
+        at_least("recent_factor", self.recent_factor, 1.0)
+        at_least("recent_steps", self.recent_steps, 1)
+        at_least("min_steps", self.min_steps, 2)
+        at_least("max_vetoes_in_a_row", self.max_vetoes_in_a_row, 0)
+
+
+def detect(history: History, reading: Reading, config: Config) -> Finding | None:
+    """A veto for an explosion; None for a loss or norm that is not finite (``non_finite`` judges those)."""
+    if not math.isfinite(reading.loss):
+        return None
+    rule = Rule(config.min_steps, config.num_sigmas, config.factor, config.recent_steps, config.recent_factor)
+    found = outlier(history.log_grad_norm, reading.grad_norm, rule)
+    if found is None:
+        return None
+    return GRADIENT_EXPLOSION.find(
+        veto=history.aborts_in_a_row < config.max_vetoes_in_a_row,
+        step=reading.step,
+        grad_norm=reading.grad_norm,
+        median=found.median,
+        limit=found.limit,
+        times=found.times,
+    )

@@ -1,0 +1,45 @@
+"""Held-out loss: mean over supervised tokens, in the training precision, leaving no trace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from finitune.data.collate import Batch
+from finitune.train.observer import EvalEvent
+from finitune.train.step import Parts
+
+
+def evaluate(parts: Parts, batches: Sequence[Batch], step: int) -> EvalEvent:
+    """Mean loss over the supervised tokens of ``batches``.
+
+    Dropout is off and no random number is drawn, so training goes on bit for bit as if it had not
+    been evaluated. A non-finite loss is returned as it is.
+    """
+    started_s = time.perf_counter()
+    was_training = parts.model.training
+    parts.model.eval()
+    try:
+        total, count = _sum(parts, batches)
+    finally:
+        parts.model.train(was_training)
+    loss = total / count if count else float("nan")
+    rows = sum(len(b.row_ids) for b in batches)
+    return EvalEvent(step, loss, rows, count, time.perf_counter() - started_s)
+
+
+def _sum(parts: Parts, batches: Sequence[Batch]) -> tuple[float, int]:
+    device: Any = parts.strategy.device
+    total = torch.zeros((), dtype=torch.float64)
+    count = 0
+    with torch.no_grad(), parts.context():
+        for batch in batches:
+            done = parts.objective.compute(
+                parts.model, parts.family, batch.to(device), factor=1.0, chunk_tokens=parts.chunk_tokens
+            )
+            total += done.loss_sum.double().cpu()
+            count += batch.num_supervised
+    return float(total), count

@@ -1,0 +1,104 @@
+"""A whole run: claim the folder, prepare, train, save, sum up.
+
+run folder  claimed anew, or found with the checkpoint to go on from
+prepare     model, data, optimizer; every fault of the user surfaces here
+Session     evaluate and sample, train (loop.py), evaluate, sample, save, summary
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finitune.core.errors import UserError, UserErrors
+from finitune.core.files import write_atomic
+from finitune.core.journal import Journal
+from finitune.core.types import Finding
+from finitune.engine.codes import RESUME_IMPOSSIBLE
+from finitune.train import checkpoint, folder
+from finitune.train.observer import Observers
+from finitune.train.plan import Plan
+from finitune.train.prepare import Prepared, prepare
+from finitune.train.recipe import Recipe
+from finitune.train.recipe_io import load_recipe, to_yaml
+from finitune.train.result import RunResult
+from finitune.train.session import Session
+from finitune.train.trackers_of import trackers_of
+
+
+def plan_run(recipe: Recipe) -> tuple[Plan, list[Finding]]:
+    """What :func:`train_run` would do, without training."""
+    prepared = prepare(recipe)
+    return prepared.plan, prepared.findings
+
+
+def train_run(
+    recipe: Recipe | None, *, resume: str | None = None, observers: Sequence[Any] = (), name: str = "run"
+) -> RunResult:
+    """Train to the end, to a stop request, or to a halt. Arguments and errors as :func:`open_run`."""
+    return open_run(recipe, resume=resume, observers=observers, name=name).run()
+
+
+def open_run(
+    recipe: Recipe | None, *, resume: str | None = None, observers: Sequence[Any] = (), name: str = "run"
+) -> Session:
+    """A run that is ready to start; ``run()`` it once.
+
+    Args:
+        recipe: what to do; None together with ``resume`` takes the recipe stored with the run.
+        resume: a run folder, one of its checkpoints, or "latest".
+        observers: see :mod:`finitune.train.observer`.
+        name: stem of an ``auto`` output folder.
+
+    Raises:
+        UserError, UserErrors: the recipe, model, data or folder cannot be used; nothing was started.
+    """
+    started_s = time.perf_counter()
+    run_dir, recipe, point, findings = _place(recipe, resume, name)
+    try:
+        prepared = prepare(recipe, point)
+    except (UserError, UserErrors):
+        if resume is None:
+            _remove_if_empty(run_dir)
+        raise
+    prepared.findings[:0] = findings
+    if point is not None:
+        _restore(prepared, point)
+    write_atomic(run_dir / folder.RECIPE_FILE, to_yaml(recipe).encode())
+    journal = Journal(run_dir / folder.JOURNAL_FILE)
+    everyone = Observers([*observers, *trackers_of(recipe.report_to, run_dir)])
+    return Session(run_dir, prepared, journal, everyone, started_s, point)
+
+
+def _place(recipe: Recipe | None, resume: str | None, name: str) -> tuple[Path, Recipe, Path | None, list[Finding]]:
+    """The run's folder, its recipe, and the checkpoint to go on from."""
+    if resume is None:
+        assert recipe is not None, "a new run needs a recipe"
+        run_dir = folder.choose(recipe.output_dir, name)
+        folder.claim(run_dir, overwrite=recipe.overwrite_output_dir)
+        return run_dir, recipe, None, []
+    run_dir = folder.find_run(resume)
+    point, findings = checkpoint.newest_good(run_dir)
+    if point is None:
+        raise UserError(RESUME_IMPOSSIBLE, "--resume", path=str(run_dir), reason="no intact checkpoint is left")
+    stored = recipe if recipe is not None else load_recipe(str(run_dir / folder.RECIPE_FILE), [])
+    return run_dir, stored, point, findings
+
+
+def _remove_if_empty(run_dir: Path) -> None:
+    """Leave no empty folder behind when a run could not start."""
+    try:
+        run_dir.rmdir()
+    except OSError:
+        return
+
+
+def _restore(prepared: Prepared, point: Path) -> None:
+    """Moments and state of a checkpoint. Raises UserError where it belongs to another recipe."""
+    try:
+        checkpoint.load(prepared.port, point)
+    except (KeyError, ValueError, OSError) as error:
+        reason = f"its state does not fit this recipe ({error!r})"
+        raise UserError(RESUME_IMPOSSIBLE, "--resume", path=str(point), reason=reason) from error

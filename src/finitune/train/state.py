@@ -1,0 +1,60 @@
+"""The training state that is not tensors: one record, saved and digested as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finitune.core.robust import History
+from finitune.data.loader import Cursor
+from finitune.engine.scaler import LossScaler
+
+SCHEMA = 1
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands."""
+
+    cursor: Cursor = field(default_factory=Cursor)
+    """The next batch to train on."""
+    step: int = 0
+    """Batches used up, committed or skipped."""
+    updates: int = 0
+    """Committed steps: what the LR schedule counts."""
+    supervised_tokens: int = 0
+    history: History = field(default_factory=History)
+    scaler: LossScaler | None = None
+    loss_sum: float = 0.0
+    """Sum of the mean losses of committed steps (all finite)."""
+    movement: tuple[float, float] | None = None
+    """(update ratio, changed fraction) of the last commit, where it was measured."""
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able record; floats survive exactly."""
+        return {
+            "schema": SCHEMA,
+            "cursor": self.cursor.to_json(),
+            "step": self.step,
+            "updates": self.updates,
+            "supervised_tokens": self.supervised_tokens,
+            "loss_sum": self.loss_sum,
+            "movement": list(self.movement) if self.movement else None,
+            "history": self.history.state(),
+            "scaler": self.scaler.state() if self.scaler else None,
+        }
+
+    def load(self, record: Mapping[str, Any]) -> None:
+        """Restore what :meth:`record` gave. Raises KeyError or ValueError for a foreign record."""
+        if record["schema"] != SCHEMA:
+            raise ValueError(f"training state of schema {record['schema']}, expected {SCHEMA}")
+        self.cursor = Cursor.from_json(record["cursor"])
+        self.step = int(record["step"])
+        self.updates = int(record["updates"])
+        self.supervised_tokens = int(record["supervised_tokens"])
+        self.loss_sum = float(record["loss_sum"])
+        self.movement = (float(record["movement"][0]), float(record["movement"][1])) if record["movement"] else None
+        self.history.load(record["history"])
+        if self.scaler is not None and record["scaler"] is not None:
+            self.scaler.load(record["scaler"])
