@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -100,7 +100,9 @@ def healthy(name: str, seed: int, num_steps: int = NUM_STEPS) -> list[Reading]:
     ]
 
 
-def show(readings: Iterable[Reading], detect: Callable[[History, Reading], Finding | None]) -> list[tuple[int, Finding]]:
+def show(
+    readings: Iterable[Reading], detect: Callable[[History, Reading], Finding | None]
+) -> list[tuple[int, Finding]]:
     """Run the guard's loop over a trace: (step, finding) for everything said."""
     history, said = History(), []
     for reading in readings:
@@ -123,3 +125,22 @@ def of(module: ModuleType) -> Callable[[History, Reading], Finding | None]:
     """The detector with its defaults."""
     config = module.Config()
     return lambda history, reading: module.detect(history, reading, config)
+
+
+def spoiled(at: int, num_after: int = 1, **changes: object) -> list[Reading]:
+    """A healthy trace of 60 steps whose steps ``at`` .. ``at + num_after - 1`` (1-based) are changed."""
+    trace = healthy("fine-tuning", seed=1, num_steps=60)
+    return [replace(r, **changes) if at <= r.step < at + num_after else r for r in trace]  # type: ignore[arg-type]
+
+
+FAULTS: dict[str, Callable[[], list[Reading]]] = {
+    "non_finite": lambda: spoiled(30, loss=math.nan, grad_norm=math.nan),
+    "loss_spike": lambda: spoiled(30, loss=20.0),
+    "gradient_explosion": lambda: spoiled(30, grad_norm=100.0),
+    "scaler_collapse": lambda: spoiled(30, loss_scale=0.5),
+    "headroom": lambda: spoiled(30, headroom_bits=0.2),
+    "stalled_update": lambda: spoiled(30, 10, changed_fraction=0.001),
+    "divergence": lambda: spoiled(15, 40, loss=11.0, grad_norm=0.5),
+    "nothing_to_train": lambda: spoiled(30, supervised_tokens=0),
+}
+"""A trace on which the detector of that name must speak."""

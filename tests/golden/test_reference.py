@@ -40,7 +40,7 @@ def plain_losses(folder: Path) -> list[float]:
             target = batch.labels_BT[:, 1:]
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), target.flatten(), reduction="sum") / count
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * warm

@@ -69,7 +69,10 @@ def reference_logits(state, config, ids):
         x = x + attention(normed, state, f"{stem}.attention", config, cos, sin)
         normed = rms_norm(x, state[f"{stem}.ffn_norm.weight"], eps)
         gate = torch.nn.functional.silu(normed @ state[f"{stem}.feed_forward.w1.weight"].T)
-        x = x + (gate * (normed @ state[f"{stem}.feed_forward.w3.weight"].T)) @ state[f"{stem}.feed_forward.w2.weight"].T
+        x = (
+            x
+            + (gate * (normed @ state[f"{stem}.feed_forward.w3.weight"].T)) @ state[f"{stem}.feed_forward.w2.weight"].T
+        )
     return rms_norm(x, state["model.norm.weight"], eps) @ state["output.weight"].T
 
 
@@ -80,7 +83,10 @@ CASES = {
     "bias": (TinySpec(bias=1), {}),
     "one key/value head": (TinySpec(kv_heads=1), {}),
     "no grouping": (TinySpec(kv_heads=4), {}),
-    "dynamic NTK beyond the trained length": (TinySpec(positions=64), {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+    "dynamic NTK beyond the trained length": (
+        TinySpec(positions=64),
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    ),
     "linear RoPE scaling": (TinySpec(), {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     "another RoPE base": (TinySpec(), {"rope_theta": 1_000_000.0}),
 }

@@ -102,7 +102,8 @@ def test_each_target_that_matches_nothing_is_named_with_what_exists():
 
 
 @pytest.mark.parametrize(
-    "options", [{"r": 0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}]
+    "options",
+    [{"r": 0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0}, {"dropout": -0.1}, {"dropout": float("nan")}],
 )
 def test_settings_out_of_range(options):
     with pytest.raises(UserError) as caught:

@@ -20,7 +20,11 @@ def test_healthy_tensors_pass(dtype):
 
 
 def test_integers_and_subnormals_pass():
-    state = {"ids": torch.tensor([2**40]), "flag": torch.tensor([True]), "tiny": torch.tensor([5e-324], dtype=torch.float64)}
+    state = {
+        "ids": torch.tensor([2**40]),
+        "flag": torch.tensor([True]),
+        "tiny": torch.tensor([5e-324], dtype=torch.float64),
+    }
     assert scan(state).non_finite == ()
     assert scan(state).dtypes == {"int64": 1, "bool": 1, "float64": 1}
 

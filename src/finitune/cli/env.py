@@ -76,5 +76,5 @@ def _torch_facts() -> dict[str, Any]:
             "cuda": torch.version.cuda,
             "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         }
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
         return {"torch_error": f"{type(error).__name__}: {error}"}

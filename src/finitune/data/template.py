@@ -216,9 +216,9 @@ class ChatRenderer:
             content = message.content.strip()
             if message.role == "assistant" or not content or content in text:
                 continue
-            twin = Message(message.role, _STAND_IN)  # printed, but escaped?
+            twin = Message(message.role, _STAND_IN)  # printed, but escaped or in capitals?
             other = self._try(example, (*example.messages[:turn], twin, *example.messages[turn + 1 :]))
-            if other is None or _STAND_IN not in other:
+            if other is None or _STAND_IN.lower() not in other.lower():
                 return turn
         return None
 

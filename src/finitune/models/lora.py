@@ -201,12 +201,19 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """
     from peft import set_peft_model_state_dict
 
-    state = _adapter_state(folder)
+    state = _read_adapter(folder)
     _check_fit(model, state, folder)
     set_peft_model_state_dict(model, state)
 
 
-def _adapter_state(folder: Path) -> dict[str, torch.Tensor]:
+def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that an adapter folder of this model holds, by their names there."""
+    from peft import get_peft_model_state_dict
+
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise UserError(NO_WEIGHTS, str(folder), found=listing(folder))
@@ -217,9 +224,7 @@ def _adapter_state(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    expected = {name: tuple(t.shape) for name, t in get_peft_model_state_dict(model).items()}
+    expected = {name: tuple(t.shape) for name, t in adapter_state(model).items()}
     given = {name: tuple(t.shape) for name, t in state.items()}
     missing = sorted(expected.keys() - given.keys())
     extra = sorted(given.keys() - expected.keys())

@@ -16,7 +16,7 @@ from finitune.core.files import atomic_folder
 from finitune.models.codes import SAVE_NON_FINITE, UNKNOWN_LAYOUT
 from finitune.models.family import Family
 from finitune.models.library import quiet
-from finitune.models.lora import is_adapter
+from finitune.models.lora import adapter_state, is_adapter
 from finitune.models.opening import load_any
 from finitune.models.tokenizers import write_tokenizer
 from finitune.models.weights import shown
@@ -46,7 +46,10 @@ def write_model(model: nn.Module, tokenizer: Any, folder: Path, *, family: Famil
     _check_layout(model, family, layout)
     refuse_non_finite(model, str(folder))
     with quiet():
-        if layout == HF:
+        if is_adapter(model):
+            # PEFT's default asks the hub whether the vocabulary was changed; it never is here.
+            model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+        elif layout == HF:
             model.save_pretrained(folder)  # type: ignore[operator]
         else:
             _write_original(model, folder, family)
@@ -69,9 +72,7 @@ def _saved(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     if not is_adapter(model):
         yield from model.named_parameters()
         return
-    from peft import get_peft_model_state_dict
-
-    yield from get_peft_model_state_dict(model).items()
+    yield from adapter_state(model).items()
 
 
 def refuse_non_finite(model: nn.Module, where: str) -> None:
