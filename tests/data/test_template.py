@@ -225,6 +225,13 @@ def test_a_control_token_inside_a_text_is_noted_and_the_mask_stays_right(tokeniz
     assert tokenizer.decode(row.ids[row.supervised]) == "Hi friend<|im_end|>"
 
 
+def test_a_template_that_writes_the_date_gives_the_same_tokens_every_day(tokenizer_for: Callable[..., Any]) -> None:
+    tokenizer = tokenizer_for("chatml")
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + tokenizer.chat_template
+    row = encode(tokenizer, ONE).rows[0]
+    assert tokenizer.decode(row.ids).startswith("26 Jul 2024<|im_start|>")
+
+
 def test_raw_joins_prompt_answer_and_end_token(tokenizer_for: Callable[..., Any]) -> None:
     tokenizer = tokenizer_for(None)
     tokens = shown(tokenizer, encode(tokenizer, ONE, template="raw"))

@@ -8,6 +8,7 @@ from finitune.core.errors import UserError, UserErrors
 from finitune.models.family import family_for
 from finitune.models.freeze import disable_checkpointing, enable_checkpointing, freeze, trainable_parameters
 from finitune.models.lora import LoraSettings, attach
+from finitune.models.precision import PRECISIONS, checkpoint_kwargs, compute_context
 from finitune.models.tiny import tiny_llama
 
 
@@ -81,6 +82,24 @@ def test_checkpointing_keeps_every_gradient(kind):
     assert all(g.abs().max() > 0 for g in recomputed.values())
     assert recomputed.keys() == plain.keys()
     assert all(torch.equal(recomputed[n], plain[n]) for n in plain)
+
+
+@pytest.mark.parametrize("name", ["fp16-emulated", "bf16-emulated", "bf16"])
+def test_checkpointing_recomputes_in_the_precision_of_the_forward(name):
+    precision, device = PRECISIONS[name], torch.device("cpu")
+    model = tiny_llama()
+    ids = torch.randint(0, 287, (2, 24), generator=torch.Generator().manual_seed(3))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable_checkpointing(model, checkpoint_kwargs(precision))
+        model.train()
+        with compute_context(precision, device):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_checkpointing_really_recomputes():

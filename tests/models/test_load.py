@@ -179,6 +179,21 @@ def test_a_name_that_is_nothing(name, monkeypatch):
     assert "tiny-llama" in str(error)
 
 
+def test_a_hub_id_loads_from_the_hubs_cache_without_a_network(pristine, tmp_path, monkeypatch):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--org--small"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision, encoding="utf-8")
+    shutil.copytree(pristine, repository / "snapshots" / revision)
+    loaded = load("org/small")
+    assert loaded.source == "org/small"
+    assert loaded.model.name_or_path.endswith(revision)
+
+
 def test_a_file_that_is_no_gguf(tmp_path):
     (tmp_path / "a.bin").write_bytes(b"x")
     assert fault(tmp_path / "a.bin").code.code == "MOD001"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +19,9 @@ class Config:
     sigma: float = 6.0
     window: int = 32
     loud: bool = False
+
+
+REAL_NAMES, REAL_LOAD = registry.names, registry.load
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +97,12 @@ def test_an_override_through_an_alias_changes_one_place_only(tmp_path):
     path.write_text("guard: {detectors: {loss_spike: &same {sigma: 3}, non_finite: *same}}\n")
     detectors = load_recipe(str(path), ["guard.detectors.loss_spike.sigma=9"]).guard.detectors
     assert detectors == {"loss_spike": {"sigma": 9}, "non_finite": {"sigma": 3}}
+
+
+def test_the_defaults_of_every_real_detector_are_valid_settings(monkeypatch):
+    monkeypatch.setattr(registry, "names", REAL_NAMES)
+    monkeypatch.setattr(registry, "load", REAL_LOAD)
+    names = registry.names("detectors")
+    defaults = {name: asdict(registry.load("detectors", name).Config()) for name in names}
+    assert names
+    assert errors_of(f"guard.detectors={defaults!r}".replace("True", "true").replace("False", "false")) == []

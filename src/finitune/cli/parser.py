@@ -17,18 +17,13 @@ from finitune.cli.codes import BAD_USAGE
 from finitune.cli.render import Raw
 from finitune.cli.session import Answered, Outcome
 from finitune.core.errors import Exit, UserError
-from finitune.core.messages.catalogue import LANGUAGES, language, text
+from finitune.core.messages.catalogue import LANGUAGES, text
 
 # Some versions of typer carry their own click, others use the installed one: the parent of
 # BadParameter is the UsageError of whichever is in use.
 UsageFault: Any = typer.BadParameter.__bases__[0]
 
-_HEADINGS_ZH = {
-    "Usage:": "用法：",
-    "Options:": "选项：",
-    "Arguments:": "参数：",
-    "Commands:": "命令：",
-}
+_HEADINGS = re.compile(r"^(Usage|Options|Arguments|Commands):", re.MULTILINE)
 
 
 def build_parser(app: typer.Typer, order: Sequence[str]) -> Any:
@@ -69,10 +64,7 @@ def _root(
 
 
 def _help_page(ctx: Any) -> str:
-    page: str = ctx.get_help()
-    if language() == "zh":
-        page = re.sub(r"^(Usage|Options|Arguments|Commands):", lambda m: _HEADINGS_ZH[m[0]], page, flags=re.MULTILINE)
-    return page
+    return _HEADINGS.sub(lambda match: text(f"cli.heading.{match[1]}"), ctx.get_help())
 
 
 def _show_help(ctx: typer.Context, wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from finitune.cli.codes import NO_MODEL_IN_RUN
@@ -17,7 +18,7 @@ def model_of(name: str) -> str:
     Raises UserError NO_MODEL_IN_RUN for a run that has neither.
     """
     path = Path(name).expanduser()
-    if holds_model(path) or not any((path / mark).is_file() for mark in _MARKS):
+    if holds_model(path) or not any(os.path.isfile(path / mark) for mark in _MARKS):
         return name
     final = path / "final"
     if holds_model(final):
@@ -30,7 +31,8 @@ def model_of(name: str) -> str:
 
 def holds_model(folder: Path) -> bool:
     """Whether a folder is a transformers or peft folder."""
-    return any((folder / name).is_file() for name in _MODEL_FILES)
+    # os.path, not pathlib: a name may be no possible path at all.
+    return any(os.path.isfile(folder / name) for name in _MODEL_FILES)
 
 
 def _step(folder: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,14 @@ from finitune.cli.render import Block, Heading, Raw, Table
 from finitune.cli.session import Outcome, Session
 from finitune.core.errors import UserError
 from finitune.core.messages.catalogue import text
+from finitune.core.types import Finding
 from finitune.core.units import bytes_text
+from finitune.report.words import finding_line
 
 if TYPE_CHECKING:
     from finitune.train.recipe import Recipe
+
+_SHOWN_FINDINGS = 4
 
 
 def register(app: typer.Typer) -> None:
@@ -53,7 +58,8 @@ def train(
 
 def sort_arguments(arguments: Sequence[str]) -> Request:
     """The recipe and the overrides. Raises UserError for a second recipe or an unknown option."""
-    overrides = tuple(a for a in arguments if "=" in a and not Path(a).is_file())
+    # os.path, not pathlib: an override may be longer than any file name may be.
+    overrides = tuple(a for a in arguments if "=" in a and not os.path.isfile(a))
     names = [a for a in arguments if a not in overrides]
     for name in names:
         if name.startswith("-"):
@@ -94,12 +100,24 @@ def _halts(message: str | None, run_dir: str) -> tuple[dict[str, str], ...]:
 
 def _plan(recipe: Recipe) -> Outcome:
     """What is derived from the recipe, and what was found, without training."""
-    from finitune.report.words import finding_text
     from finitune.train.run import plan_run
 
     plan, findings = plan_run(recipe)
     payload = {"plan": plan_record(plan), "findings": [f.to_json() for f in findings]}
-    return Outcome((*plan_blocks(plan), *(Raw(finding_text(f)) for f in findings)), payload)
+    return Outcome((*plan_blocks(plan), *finding_blocks(findings)), payload)
+
+
+def finding_blocks(findings: Sequence[Finding]) -> tuple[Raw, ...]:
+    """One line for each finding; of many with the same code the first few, and how many more there are."""
+    by_code: dict[str, list[Finding]] = {}
+    for finding in findings:
+        by_code.setdefault(finding.code, []).append(finding)
+    blocks: list[Raw] = []
+    for code, found in by_code.items():
+        blocks += [Raw(finding_line(f)) for f in found[:_SHOWN_FINDINGS]]
+        if len(found) > _SHOWN_FINDINGS:
+            blocks.append(Raw(text("cli.train.more", count=len(found) - _SHOWN_FINDINGS, code=code)))
+    return tuple(blocks)
 
 
 def plan_record(plan: Any) -> dict[str, Any]:

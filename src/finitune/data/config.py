@@ -41,7 +41,7 @@ class DataConfig:
 
     def faults(self) -> list[UserError]:
         """All settings that cannot be, with what they must be."""
-        whole = [("max_length", 1), ("prompt_floor", 0), ("limit_rows", 1), ("vocab_rows", 1)]
+        whole = [("max_length", 2), ("prompt_floor", 0), ("limit_rows", 1), ("vocab_rows", 1)]
         found = [_below(name, getattr(self, name), least) for name, least in whole]
         found.append(_choice("on_bad_row", self.on_bad_row, ("skip", "stop")))
         found.append(_choice("truncation", self.truncation, ("truncate_prompt", "truncate_answer", "drop_row")))

@@ -87,9 +87,8 @@ def check_file(path: str) -> UserError | None:
             return UserError(EMPTY_FILE, path, path=path, size_bytes=0)
         with place.open("rb") as stream:
             head = stream.read(_HEAD_BYTES)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL character
-        reason = getattr(error, "strerror", None) or str(error)
-        return UserError(UNREADABLE, repr(path), path=path, reason=reason)
+    except OSError as error:
+        return UserError(UNREADABLE, path, path=path, reason=error.strerror or str(error))
     return _check_head(place, head)
 
 

@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -33,6 +34,9 @@ from finitune.data.rowcodes import MASK_UNCERTAIN, RAW_NEEDS_ONE_TURN, TEMPLATE_
 
 Span = tuple[int, int]
 
+# Templates that write today's date (Llama 3) would give other tokens tomorrow, and a resumed run other data;
+# this is the date their own fallback names.
+_TODAY = datetime(2024, 7, 26)
 _STAND_IN = "QfinituneStandInQ"
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -90,7 +94,7 @@ class ChatRenderer:
     tool_source: str
     """The template used for conversations with tools; usually the same."""
     variables: Mapping[str, Any]
-    """Special tokens by name (``bos_token``, ...)."""
+    """Special tokens by name (``bos_token``, ...), and the clock that templates see."""
     markers: tuple[str, ...]
     """Texts of the special tokens, longest first."""
 
@@ -245,7 +249,7 @@ def chat_renderer(tokenizer: Any, format_name: str) -> ChatRenderer:
     return ChatRenderer(
         source=tokenizer.get_chat_template(),
         tool_source=tokenizer.get_chat_template(tools=[{}]),
-        variables=dict(tokenizer.special_tokens_map),
+        variables={**tokenizer.special_tokens_map, "strftime_now": _TODAY.strftime},
         markers=special_texts(tokenizer),
     )
 

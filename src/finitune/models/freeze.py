@@ -56,14 +56,14 @@ def trainable_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def enable_checkpointing(model: nn.Module, kwargs: Mapping[str, Any] | None = None) -> None:
+def enable_checkpointing(model: nn.Module, options: Mapping[str, Any] | None = None) -> None:
     """Keep only the layers' inputs and compute the rest again in backward; trades time for memory.
 
     Non-reentrant: gradients reach adapters although the embedding is frozen (the reentrant form needs an input
-    that requires a gradient, and without one trains nothing in silence). Acts in train mode only. ``kwargs`` are
-    those of ``torch.utils.checkpoint`` where a precision needs more (``precision.checkpoint_kwargs``).
+    that requires a gradient, and without one trains nothing in silence). Acts in train mode only. ``options`` go to
+    ``torch.utils.checkpoint``; an emulated precision needs its ``context_fn`` (``precision.checkpoint_kwargs``).
     """
-    given = {"use_reentrant": False, **(kwargs or {})}
+    given = {**(options or {}), "use_reentrant": False}
     bare(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)  # type: ignore[operator]
 
 

@@ -38,13 +38,16 @@ from finitune.models.codes import (
     TINY_TOKENIZER_GIVEN,
     UNEXPECTED_KEYS,
 )
-from finitune.models.family import Family, StateDict, family_for
+from finitune.models.family import Family, StateDict, family_for, known_model_types
+from finitune.models.layout import native_config
 from finitune.models.library import quiet
 from finitune.models.tokenizers import has_tokenizer, load_tokenizer, size_findings
 from finitune.models.weights import Scan, listing, read_state, scan, shown, weight_files
 
 # Buffers that old checkpoints saved and today's models compute: not worth a warning.
 _COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+# Field of a saved config.json: the model type that the checkpoint had in its own layout.
+_ORIGIN = "finitune_original_type"
 _HUB_FILES = ("*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt")
 
 
@@ -210,6 +213,8 @@ class _Built:
 def _finish(built: _Built, tokenizer: Any, notes: list[Finding], source: str) -> Loaded:
     model = built.model.eval()
     model.name_or_path = model.config._name_or_path = built.name
+    if built.family.export is not None:
+        setattr(model.config, _ORIGIN, built.family.model_types[0])
     report = LoadReport(
         family=built.family.name,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -249,12 +254,20 @@ def _random(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
 
 
 def _architecture(folder: Path, raw: Mapping[str, Any]) -> tuple[Family, Any]:
-    family = family_for(raw["model_type"], str(folder / "config.json"))
+    """Family and config. A folder that we saved from another layout keeps that family, with its way back."""
+    where = str(folder / "config.json")
+    origin = raw.get(_ORIGIN)
+    family = family_for(origin if origin in known_model_types() else raw["model_type"], where)
     try:
-        return family, family.config(raw)
+        return family, family.config(raw) if _is_original(family, raw) else native_config(raw)
     except Exception as error:  # transformers' validators raise types of their own
         reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(BROKEN_CONFIG, str(folder / "config.json"), reason=reason) from error
+        raise UserError(BROKEN_CONFIG, where, reason=reason) from error
+
+
+def _is_original(family: Family, raw: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is in its family's own layout, rather than saved by us in transformers' layout."""
+    return raw["model_type"] in family.model_types
 
 
 def _causal_class(config: Any) -> Any:
@@ -293,7 +306,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
 
 
 def _converted(family: Family, stored: StateDict, raw: Mapping[str, Any], errors: list[UserError]) -> StateDict:
-    if family.convert is None:
+    if family.convert is None or not _is_original(family, raw):
         return stored
     try:
         return family.convert(stored, raw)

@@ -11,17 +11,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding, Severity
 from finitune.core.units import bytes_text, duration_text, number_text
-from finitune.report.words import finding_line, finding_text
+from finitune.report.words import aligned, finding_line, finding_text
 
 _STYLES = {Severity.NOTE: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
 _SPEED_WINDOW_STEPS = 20
 _SHOWN_ROWS = 4
+_SHOWN_FINDINGS = 3
 
 
 class Live:
@@ -38,10 +38,9 @@ class Live:
 
     def on_plan(self, plan: Any) -> None:
         """Everything that was derived, and why."""
-        table = Table(title=text("train.plan"), title_justify="left", box=None, show_header=False, pad_edge=False)
-        for derived in plan.derived:
-            table.add_row(text(f"train.derived.{derived.name}"), Text(derived.value), Text(derived.why, style="dim"))
-        self.console.print(table)
+        self._say(text("train.plan"), "bold")
+        for line in aligned([(text(f"train.derived.{d.name}"), d.value, d.why) for d in plan.derived]):
+            self._say("  " + line)
         minutes = plan.step_s * plan.total_steps / 60
         self._say(
             text(
@@ -131,12 +130,15 @@ class Live:
             self._say(text("train.answer", answer=event.answer.strip().replace("\n", "\n  ")))
 
     def on_finding(self, finding: Finding) -> None:
-        """A finding outside a step; errors are printed whole, repeated ones once."""
-        self._shown_findings[finding.code] = self._shown_findings.get(finding.code, 0) + 1
-        if finding.severity is Severity.ERROR:
-            self._say(finding_text(finding), _STYLES[finding.severity])
-        elif self._shown_findings[finding.code] <= _SHOWN_ROWS:
-            self._say(finding_line(finding), _STYLES[finding.severity])
+        """A finding outside a step: the first of a code with what to try, a few more as lines, the rest counted."""
+        count = self._shown_findings[finding.code] = self._shown_findings.get(finding.code, 0) + 1
+        style = _STYLES[finding.severity]
+        if count == 1 and finding.severity is not Severity.NOTE:
+            self._say(finding_text(finding), style)
+        elif count <= _SHOWN_FINDINGS:
+            self._say(finding_line(finding), style)
+        elif count == _SHOWN_FINDINGS + 1:
+            self._say(text("train.more_findings", code=finding.code), style)
 
     def on_save(self, path: str, _step: int) -> None:
         """A checkpoint stands."""
@@ -151,10 +153,9 @@ class Live:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        table = Table(title=text("train.summary"), title_justify="left", box=None, show_header=False, pad_edge=False)
-        for name, value in summary_rows(result):
-            table.add_row(name, Text(value))
-        self.console.print(table)
+        self._say(text("train.summary"), "bold")
+        for line in aligned(summary_rows(result)):
+            self._say("  " + line)
         for line in next_lines(result):
             self._say(line, "green")
 

@@ -4,6 +4,10 @@ TEXTS = {
     "cli.help": "Fine-tune language models, and keep the training finite.\n\n"
     "Start with `finitune train`; it needs no file. Exit codes: 0 good, 1 findings, 2 wrong use, "
     "3 halted by the guard, 4 a fault of FiniTune itself.",
+    "cli.heading.Usage": "Usage:",
+    "cli.heading.Options": "Options:",
+    "cli.heading.Arguments": "Arguments:",
+    "cli.heading.Commands": "Commands:",
     "cli.option.lang": "Language of all messages; else FINITUNE_LANG, LC_ALL or LANG decides.",
     "cli.option.json": "Print one JSON object instead of text.",
     "cli.option.debug": "Print the traceback of an error.",
@@ -20,6 +24,7 @@ TEXTS = {
     "cli.train.arguments": "A shipped recipe or a .yaml, .yml or .json file, then settings as key=value.",
     "cli.train.resume": "Go on with a run: its folder, one of its checkpoints, or latest.",
     "cli.train.dry_run": "Load everything, say what would be done, and stop.",
+    "cli.train.more": "... and {count} more of {code}; `finitune explain {code}` says what to do",
     "cli.recipes.help": "List, show or copy the shipped recipes.",
     "cli.recipes.list": "List the shipped recipes.",
     "cli.recipes.show": "Show a recipe, or every field a recipe may set.",

@@ -52,4 +52,5 @@ TEXTS = {
     "train.next.chat": "talk to it:   finitune chat {path}",
     "train.next.export": "merge it:     finitune export {path} my-model",
     "train.next.resume": "go on:        finitune train --resume {path}",
+    "train.more_findings": "{code} more of these; all are in the journal, counted in the summary",
 }

@@ -4,6 +4,10 @@ TEXTS = {
     "cli.help": "微调语言模型，并让训练始终保持有限值。\n\n"
     "从 `finitune train` 开始，不需要任何文件。退出码：0 正常，1 有发现，2 用法错误，"
     "3 被守护程序中止，4 FiniTune 自身的错误。",
+    "cli.heading.Usage": "用法：",
+    "cli.heading.Options": "选项：",
+    "cli.heading.Arguments": "参数：",
+    "cli.heading.Commands": "命令：",
     "cli.option.lang": "所有信息的语言；否则由 FINITUNE_LANG、LC_ALL 或 LANG 决定。",
     "cli.option.json": "输出一个 JSON 对象而不是文本。",
     "cli.option.debug": "打印错误的回溯信息。",
@@ -19,6 +23,7 @@ TEXTS = {
     "cli.train.arguments": "内置配方名或 .yaml、.yml、.json 文件，然后是 key=value 形式的设置。",
     "cli.train.resume": "继续一次训练：训练目录、其中一个检查点，或 latest。",
     "cli.train.dry_run": "载入所有内容，说明将要做什么，然后停止。",
+    "cli.train.more": "……还有 {count} 个 {code}；`finitune explain {code}` 会说明该怎么做",
     "cli.recipes.help": "列出、显示或复制内置配方。",
     "cli.recipes.list": "列出内置配方。",
     "cli.recipes.show": "显示一个配方，或配方可设置的全部字段。",

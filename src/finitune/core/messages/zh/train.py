@@ -52,4 +52,5 @@ TEXTS = {
     "train.next.chat": "与它对话：   finitune chat {path}",
     "train.next.export": "合并导出：   finitune export {path} my-model",
     "train.next.resume": "继续训练：   finitune train --resume {path}",
+    "train.more_findings": "{code} 还有更多；全部记录在日志中，并计入总结",
 }

@@ -1,0 +1,159 @@
+"""Windows that refuse non-finite values: a statistic that swallowed one NaN would be blind for ever."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from statistics import median
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finitune.core.robust import MAD_TO_SIGMA, History, Window
+
+BAD = (math.nan, math.inf, -math.inf)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_non_finite_value_is_refused_and_counted(bad: float) -> None:
+    window = Window(3)
+    assert window.add(1.0)
+    assert not window.add(bad)
+    assert list(window) == [1.0]
+    assert window.num_refused == 1
+    assert window.median() == 1.0
+
+
+@given(st.lists(st.floats()), st.integers(1, 8))
+def test_a_window_holds_the_last_finite_values(values: list[float], size: int) -> None:
+    window = Window(size)
+    for value in values:
+        window.add(value)
+    good = [v for v in values if math.isfinite(v)]
+    assert list(window) == good[-size:]
+    assert window.num_refused == len(values) - len(good)
+    assert len(window) <= size
+
+
+@given(st.lists(st.one_of(finite, st.sampled_from(BAD)), min_size=1).filter(lambda v: any(map(math.isfinite, v))))
+def test_statistics_are_those_of_the_finite_values_alone(values: list[float]) -> None:
+    poisoned, clean = Window(1000), Window(1000)
+    for value in values:
+        poisoned.add(value)
+        if math.isfinite(value):
+            clean.add(value)
+    assert poisoned.median() == clean.median() == median(v for v in values if math.isfinite(v))
+    assert repr(poisoned.sigma()) == repr(clean.sigma())
+
+
+def test_an_empty_window_has_no_statistics() -> None:
+    assert math.isnan(Window(4).median())
+    assert math.isnan(Window(4).sigma())
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_window_of_nothing_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="size"):
+        Window(size)
+
+
+def test_equal_values_have_no_spread() -> None:
+    window = Window(9)
+    for _ in range(9):
+        window.add(-0.0)
+    assert window.sigma() == 0.0
+
+
+def test_sigma_estimates_the_standard_deviation_and_ignores_outliers() -> None:
+    numbers = random.Random(0)
+    window = Window(4000)
+    for _ in range(3900):
+        window.add(numbers.gauss(5.0, 2.0))
+    for _ in range(100):
+        window.add(1e12)
+    assert window.sigma() == pytest.approx(2.0, rel=0.06)
+    assert window.median() == pytest.approx(5.0, abs=0.15)
+
+
+def test_the_constant_is_that_of_the_normal_distribution() -> None:
+    """Phi(1 / MAD_TO_SIGMA) = 3/4."""
+    phi = 0.5 * (1.0 + math.erf(1.0 / MAD_TO_SIGMA / math.sqrt(2.0)))
+    assert phi == pytest.approx(0.75, abs=1e-15)
+
+
+@given(st.lists(st.floats(), max_size=20))
+def test_a_window_survives_json_bit_for_bit(values: list[float]) -> None:
+    window, other = Window(7), Window(1)
+    for value in values:
+        window.add(value)
+    other.load(json.loads(json.dumps(window.state())))
+    assert repr(other.state()) == repr(window.state())
+
+
+def committed(*losses: float, norm: float = 1.0) -> History:
+    history = History(8)
+    for loss in losses:
+        history.committed(loss, norm)
+    return history
+
+
+def test_logarithms_of_positive_values_enter_the_windows() -> None:
+    history = committed(1.0, math.e)
+    assert list(history.log_loss) == [0.0, 1.0]
+    assert list(history.log_grad_norm) == [0.0, 0.0]
+    assert history.num_committed == 2
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_what_has_no_finite_logarithm_does_not(value: float) -> None:
+    history = committed(value, norm=value)
+    assert len(history.log_loss) == len(history.log_grad_norm) == 0
+    assert history.num_committed == 1
+
+
+def test_the_first_finite_loss_and_headroom_are_kept() -> None:
+    history = History()
+    history.committed(math.nan, 1.0, headroom_bits=math.inf)
+    history.committed(-2.0, 1.0, headroom_bits=3.0)
+    history.committed(5.0, 1.0, headroom_bits=1.0)
+    assert history.first_loss == -2.0
+    assert history.first_headroom_bits == 3.0
+
+
+def test_an_abort_moves_counters_only() -> None:
+    history = committed(1.0, 2.0)
+    before = history.state()
+    history.aborted()
+    history.aborted()
+    history.overflowed()
+    after = history.state()
+    assert (history.num_aborted, history.aborts_in_a_row) == (2, 2)
+    assert (history.num_overflows, history.overflows_in_a_row) == (1, 1)
+    for window in ("log_loss", "log_grad_norm", "changed_fraction"):
+        assert after[window] == before[window]
+
+
+def test_a_commit_ends_the_rows_but_not_the_totals() -> None:
+    history = History()
+    history.aborted()
+    history.overflowed()
+    history.committed(1.0, 1.0)
+    assert (history.aborts_in_a_row, history.overflows_in_a_row) == (0, 0)
+    assert (history.num_aborted, history.num_overflows) == (1, 1)
+
+
+@given(st.lists(st.tuples(st.floats(), st.floats(), st.one_of(st.none(), st.floats()), st.integers(0, 2)), max_size=12))
+def test_a_history_survives_json_bit_for_bit(events: list[tuple[float, float, float | None, int]]) -> None:
+    history, other = History(5), History(5)
+    for loss, norm, share, kind in events:
+        if kind == 0:
+            history.committed(loss, norm, changed_fraction=share, headroom_bits=share)
+        elif kind == 1:
+            history.aborted()
+        else:
+            history.overflowed()
+    other.load(json.loads(json.dumps(history.state(), allow_nan=False)))
+    assert repr(other.state()) == repr(history.state())
