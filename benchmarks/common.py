@@ -37,7 +37,7 @@ def hf_trainer(
 ) -> Any:
     """A plain ``transformers.Trainer`` that sees ``batches`` in this order, one a micro-step."""
     from torch.utils.data import SequentialSampler
-    from transformers import Trainer, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainingArguments
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -59,13 +59,15 @@ def hf_trainer(
         seed=42,
         **arguments,
     )
-    return InOrder(
+    trainer = InOrder(
         model=model,
         args=args,
         train_dataset=columns,
         data_collator=lambda items: items[0],
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def bad_tensors(model: nn.Module) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from torch import nn
 
 from common import bad_tensors, hf_trainer, quiet, report
 from finitune.core.journal import read
+from finitune.data.collate import Batch
 from finitune.models.load import load
 from finitune.train.prepare import prepare
 from finitune.train.recipe import Recipe
@@ -46,6 +47,16 @@ def recipe(folder: Path, precision: str) -> Recipe:
             f"output_dir={folder}",
         ],
     )
+
+
+def batches_of(folder: Path) -> list[Batch]:
+    """The batches that FiniTune trains on, for the other side."""
+    prepared = prepare(recipe(folder, "fp32"))
+    loader, cursor, batches = prepared.port.parts.loader, prepared.port.state.cursor, []
+    for _ in range(STEPS):
+        batches += loader.at(cursor)
+        cursor = loader.advance(cursor)
+    return batches
 
 
 def poison(module: nn.Module, due: Any) -> Any:
@@ -126,11 +137,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch)
-        prepared = prepare(recipe(base / "plan", "fp32"))
-        loader, cursor, batches = prepared.port.parts.loader, prepared.port.state.cursor, []
-        for _ in range(STEPS):
-            batches += loader.at(cursor)
-            cursor = loader.advance(cursor)
+        batches = batches_of(base / "plan")
         peers = (
             ("fp32", torch.float32, {}),
             ("bf16", torch.float32, {"bf16": True}),

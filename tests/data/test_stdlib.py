@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -19,11 +19,8 @@ def found() -> list[Row]:
     return list(rows("finitune:stdlib"))
 
 
-def test_there_are_thousands_in_a_fixed_order_made_in_seconds(found: list[Row]) -> None:
+def test_there_are_thousands(found: list[Row]) -> None:
     assert len(found) > 2000
-    start_s = time.process_time()
-    assert [r.id for r in rows("finitune:stdlib")] == [r.id for r in found]
-    assert time.process_time() - start_s < 8, "about 1.4 s on a quiet machine"
     assert [r.id.row for r in found] == list(range(1, len(found) + 1))
 
 
@@ -40,13 +37,15 @@ def test_all_make_conversations(found: list[Row]) -> None:
     assert len(questions) >= 8, "several phrasings"
 
 
-def test_nothing_is_imported_to_make_them() -> None:
+def test_the_same_rows_come_in_seconds_in_another_process_and_nothing_is_imported(found: list[Row]) -> None:
     """Modules such as ``this`` and ``antigravity`` act when imported."""
     code = (
-        "import sys; from finitune.data.stdlib import rows; before = set(sys.modules); n = len(list(rows('s')));"
+        "import hashlib, sys, time; from finitune.data.stdlib import rows; before = set(sys.modules);"
+        "start_s = time.process_time(); made = list(rows('finitune:stdlib')); used_s = time.process_time() - start_s;"
         "new = {m for m in set(sys.modules) - before if not m.startswith('_sysconfigdata')};"
-        "assert n > 2000; assert not new, new; assert 'torch' not in sys.modules"
+        "assert not new, new; assert 'torch' not in sys.modules; assert used_s < 8, used_s;"
+        "print(hashlib.sha256(''.join(str(r.id) for r in made).encode()).hexdigest())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
+    assert done.stdout.strip() == hashlib.sha256("".join(str(r.id) for r in found).encode()).hexdigest()

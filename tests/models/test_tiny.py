@@ -51,6 +51,7 @@ def test_a_bad_option_is_a_clear_error(option):
         load(f"tiny-llama:{option}")
     assert caught.value.code.code == "MOD036"
     assert "hidden, layers" in str(caught.value)
+    assert "kv_heads" in caught.value.data["reason"] or "NAME=NUMBER" in caught.value.data["reason"]
 
 
 def test_other_names_are_not_tiny():

@@ -13,7 +13,6 @@ import inspect
 import itertools
 import math
 import os
-import sys
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ _SKIPPED = frozenset(
 )
 _SKIPPED_FILES = frozenset(("this.py", "antigravity.py", "turtle.py", "__main__.py"))
 # All of these are compiled into CPython or loaded by this module's own imports.
-_BUILT_IN: tuple[ModuleType, ...] = (builtins, itertools, math, sys, time)
+_BUILT_IN: tuple[ModuleType, ...] = (builtins, itertools, math, time)
 _MIN_CHARS = 40
 
 
@@ -92,12 +91,19 @@ def _from_built_in() -> Iterator[tuple[str, str, str]]:
     for module in _BUILT_IN:
         prefix = "" if module is builtins else f"{module.__name__}."
         for name, value in sorted(vars(module).items()):
-            if name.startswith("_") or not callable(value):
+            if name.startswith("_") or not _is_compiled(value, module):
                 continue
             kind = "class" if inspect.isclass(value) else "function"
             yield f"{prefix}{name}", kind, inspect.getdoc(value) or ""
             if inspect.isclass(value) and not issubclass(value, BaseException):
                 yield from _methods(f"{prefix}{name}", value)
+
+
+def _is_compiled(value: object, module: ModuleType) -> bool:
+    """A function or class of the module's own; what a shell, a debugger or pytest has put there is not."""
+    return getattr(value, "__module__", None) == module.__name__ and (
+        inspect.isbuiltin(value) or inspect.isclass(value)
+    )
 
 
 def _methods(prefix: str, owner: type) -> Iterator[tuple[str, str, str]]:

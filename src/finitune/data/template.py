@@ -22,7 +22,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -34,9 +33,9 @@ from finitune.data.rowcodes import MASK_UNCERTAIN, RAW_NEEDS_ONE_TURN, TEMPLATE_
 
 Span = tuple[int, int]
 
-# Templates that write today's date (Llama 3) would give other tokens tomorrow, and a resumed run other data;
-# this is the date their own fallback names.
-_TODAY = datetime(2024, 7, 26)
+# Templates that write today's date (Llama 3) would give other tokens tomorrow, and a resumed run other data.
+# They get the date that their own fallback names, whatever form they ask for.
+_FIXED_DATE = "{% macro strftime_now(form) %}26 Jul 2024{% endmacro %}"
 _STAND_IN = "QfinituneStandInQ"
 _GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
 
@@ -94,7 +93,7 @@ class ChatRenderer:
     tool_source: str
     """The template used for conversations with tools; usually the same."""
     variables: Mapping[str, Any]
-    """Special tokens by name (``bos_token``, ...), and the clock that templates see."""
+    """Special tokens by name (``bos_token``, ...)."""
     markers: tuple[str, ...]
     """Texts of the special tokens, longest first."""
 
@@ -247,11 +246,15 @@ def chat_renderer(tokenizer: Any, format_name: str) -> ChatRenderer:
     if not tokenizer.chat_template:
         raise UserError(NO_CHAT_TEMPLATE, type(tokenizer).__name__, format=format_name)
     return ChatRenderer(
-        source=tokenizer.get_chat_template(),
-        tool_source=tokenizer.get_chat_template(tools=[{}]),
-        variables={**tokenizer.special_tokens_map, "strftime_now": _TODAY.strftime},
+        source=_dated(tokenizer.get_chat_template()),
+        tool_source=_dated(tokenizer.get_chat_template(tools=[{}])),
+        variables=dict(tokenizer.special_tokens_map),
         markers=special_texts(tokenizer),
     )
+
+
+def _dated(source: str) -> str:
+    return _FIXED_DATE + source if "strftime_now" in source else source
 
 
 def special_texts(tokenizer: Any) -> tuple[str, ...]:

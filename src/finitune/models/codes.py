@@ -1,6 +1,17 @@
-"""Codes of the models floor, gathered from the two files that hold their pages."""
+"""Codes of the models floor, gathered from the files that hold their pages."""
 
-from finitune.models import codes_loading, codes_using
+from finitune.models import codes_chat, codes_loading, codes_using
+from finitune.models.codes_chat import (
+    BAD_SAMPLING,
+    CHATML_GIVEN,
+    NO_CHAT_TEMPLATE,
+    NO_SENTENCEPIECE,
+    NO_TOKENIZER,
+    NON_FINITE_LOGITS,
+    TINY_TOKENIZER_GIVEN,
+    TOKENIZER_DIFFERS,
+    TOKENIZER_TOO_LARGE,
+)
 from finitune.models.codes_loading import (
     BAD_GGUF,
     BEYOND_HALF,
@@ -23,32 +34,26 @@ from finitune.models.codes_loading import (
 )
 from finitune.models.codes_using import (
     ADAPTER_FOLDER,
+    ATTENTION_CHANGED,
     BAD_ADAPTER,
     BAD_LORA,
-    BAD_SAMPLING,
     BAD_TINY,
-    CHATML_GIVEN,
+    CACHE_UNUSABLE,
     DORA_ZERO_ROW,
     FREEZE_NO_MATCH,
-    NO_CHAT_TEMPLATE,
-    NO_SENTENCEPIECE,
-    NO_TOKENIZER,
-    NON_FINITE_LOGITS,
     NOTHING_TRAINABLE,
     QUANTISED,
     SAVE_NON_FINITE,
     TARGET_NOT_FOUND,
-    TINY_TOKENIZER_GIVEN,
-    TOKENIZER_DIFFERS,
-    TOKENIZER_TOO_LARGE,
     UNKNOWN_LAYOUT,
 )
 
-CODES = (*codes_loading.CODES, *codes_using.CODES)
+CODES = (*codes_loading.CODES, *codes_using.CODES, *codes_chat.CODES)
 
 __all__ = [
     "CODES",
     "ADAPTER_FOLDER",
+    "ATTENTION_CHANGED",
     "BAD_ADAPTER",
     "BAD_GGUF",
     "BAD_LORA",
@@ -56,6 +61,7 @@ __all__ = [
     "BAD_TINY",
     "BEYOND_HALF",
     "BROKEN_CONFIG",
+    "CACHE_UNUSABLE",
     "CHATML_GIVEN",
     "DORA_ZERO_ROW",
     "FREEZE_NO_MATCH",

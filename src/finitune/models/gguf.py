@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from finitune.core.errors import UserError
 from finitune.core.files import atomic_folder
-from finitune.models.codes import BAD_GGUF, NO_GGUF_READER, SMOLLM2_MISSING
+from finitune.models.codes import BAD_GGUF, CACHE_UNUSABLE, NO_GGUF_READER, SMOLLM2_MISSING
 from finitune.models.family import family_for
 from finitune.models.library import quiet
 from finitune.models.tokenizers import write_tokenizer
@@ -58,18 +58,21 @@ def converted(path: Path) -> Path:
 
     Raises:
         UserError: reader not installed (MOD018), file cut short or not convertible (MOD017), unknown
-            architecture (MOD005).
+            architecture (MOD005), a cache that cannot be written (MOD039).
     """
     target = cache_dir() / _key(path)
     if target.is_dir():
         return target
     if importlib.util.find_spec("gguf") is None:
         raise UserError(NO_GGUF_READER, str(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            with atomic_folder(target) as folder:
-                _convert(path, folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                with atomic_folder(target) as folder:
+                    _convert(path, folder)
+    except OSError as error:
+        raise UserError(CACHE_UNUSABLE, str(target.parent), path=str(target.parent), reason=str(error)) from error
     return target
 
 

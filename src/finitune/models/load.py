@@ -25,6 +25,7 @@ from finitune.core.types import Finding
 from finitune.models import gguf, tiny
 from finitune.models.codes import (
     ADAPTER_FOLDER,
+    ATTENTION_CHANGED,
     BEYOND_HALF,
     BROKEN_CONFIG,
     LARGE_WEIGHTS,
@@ -112,7 +113,7 @@ def resolve(name_or_path: str) -> Path | str:
         return _not_found(name_or_path, text("models.not_a_model_file"))
     if tiny.parse_name(name_or_path):
         return name_or_path
-    if name_or_path in gguf.SMOLLM2:
+    if name_or_path.lower() in {name.lower() for name in gguf.SMOLLM2}:
         return gguf.converted(gguf.smollm2_file())
     return _from_hub(name_or_path)
 
@@ -248,9 +249,10 @@ def _tiny(name: str, dtype: torch.dtype, attention: str, seed: int) -> _Built:
 
 def _random(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
     family, config = _architecture(folder, read_config(folder))
+    attention, notes = _attention(config, attention)
     with quiet():
         model = _causal_class(config)._from_config(config, dtype=torch.float32, attn_implementation=attention)
-    return _Built(model.to(dtype), family, str(folder), Scan({}, (), ()))
+    return _Built(model.to(dtype), family, str(folder), Scan({}, (), ()), findings=tuple(notes))
 
 
 def _architecture(folder: Path, raw: Mapping[str, Any]) -> tuple[Family, Any]:
@@ -270,6 +272,13 @@ def _is_original(family: Family, raw: Mapping[str, Any]) -> bool:
     return raw["model_type"] in family.model_types
 
 
+def _attention(config: Any, asked: str) -> tuple[str, list[Finding]]:
+    """The attention to use: the one asked for, or eager where the model type has no fused one (Gemma 2)."""
+    if asked != "sdpa" or _causal_class(config)._supports_sdpa:
+        return asked, []
+    return "eager", [ATTENTION_CHANGED.find("model", model_type=config.model_type, asked=asked, used="eager")]
+
+
 def _causal_class(config: Any) -> Any:
     """The transformers class for a config; looked up natively, so ``auto_map`` has no say."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -280,6 +289,7 @@ def _causal_class(config: Any) -> Any:
 def _checkpoint(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
     raw = read_config(folder)
     family, config = _architecture(folder, raw)
+    attention, notes = _attention(config, attention)
     stored = read_state(weight_files(folder))
     found = scan(stored)
     errors, findings = _value_faults(found, folder, dtype)
@@ -302,7 +312,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
     if unexpected:
         findings.append(UNEXPECTED_KEYS.find(str(folder), num=len(unexpected), names=shown(unexpected)))
     _read_generation_config(model, folder)
-    return _Built(model, family, str(folder), found, unexpected, tuple(findings))
+    return _Built(model, family, str(folder), found, unexpected, (*notes, *findings))
 
 
 def _converted(family: Family, stored: StateDict, raw: Mapping[str, Any], errors: list[UserError]) -> StateDict:

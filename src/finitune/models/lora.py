@@ -128,21 +128,17 @@ def _match_faults(model: nn.Module, settings: LoraSettings, targets: str | tuple
     """One error for each name that matches nothing. PEFT complains only where *no* target matches."""
     linears = list(_linears(model))
     everything = [name for name, _ in model.named_modules() if name]
-    asked = [(t, linears, "linear") for t in (() if isinstance(targets, str) else targets)]
-    asked += [(m, everything, "") for m in settings.modules_to_save]
+    asked = [("lora.target_modules", t, linears) for t in (() if isinstance(targets, str) else targets)]
+    asked += [("lora.modules_to_save", m, everything) for m in settings.modules_to_save]
     return [
-        _no_match(name, names, kind)
-        for name, names, kind in asked
-        if not any(_ends_with(known, name) for known in names)
+        _no_match(where, name, known) for where, name, known in asked if not any(_ends_with(k, name) for k in known)
     ]
 
 
-def _no_match(target: str, names: list[str], kind: str) -> UserError:
+def _no_match(where: str, target: str, names: list[str]) -> UserError:
     leaves = sorted({name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()})
     close = get_close_matches(target.rpartition(".")[2], leaves, n=3, cutoff=0.5)
-    return UserError(
-        TARGET_NOT_FOUND, "lora", target=target, kind=kind, close=", ".join(close) or "-", existing=", ".join(leaves)
-    )
+    return UserError(TARGET_NOT_FOUND, where, target=target, close=", ".join(close) or "-", existing=", ".join(leaves))
 
 
 def _zero_rows(hits: Mapping[str, nn.Linear]) -> list[UserError]:

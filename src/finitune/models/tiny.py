@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from finitune.core.errors import UserError
+from finitune.core.messages.catalogue import text
 from finitune.models.codes import BAD_TINY
 from finitune.models.families.internlm2 import llama_config, to_llama
 from finitune.models.family import StateDict
@@ -73,11 +74,11 @@ def parse_name(name: str) -> tuple[str, TinySpec] | None:
     for option in filter(None, options.split(",")):
         key, _, value = option.partition("=")
         if key not in TinySpec.__dataclass_fields__ or not value.lstrip("-").isdigit():
-            raise UserError(BAD_TINY, name, option=option, name=kind, reason="expected NAME=NUMBER", known=known)
+            raise UserError(BAD_TINY, name, option=option, name=kind, reason=text("models.tiny_option"), known=known)
         values[key] = int(value)
     spec = TinySpec(**values)
     if spec.vocab < _tokenizer_size() or spec.hidden % (2 * spec.heads) or spec.heads % spec.kv_heads:
-        reason = f"needs vocab >= {_tokenizer_size()}, hidden a multiple of 2 x heads, heads of kv_heads"
+        reason = text("models.tiny_sizes", vocab=_tokenizer_size())
         raise UserError(BAD_TINY, name, option=options, name=kind, reason=reason, known=known)
     return kind, spec
 

@@ -101,7 +101,7 @@ class Session:
         """Evaluate, sample and save what was reached."""
         step = self.prepared.port.state.step
         if status == "interrupted":
-            self._save(step)
+            self._save_here()
             total = self.prepared.plan.total_steps
             self._found(INTERRUPTED.find("", step=step, total=total, path=str(self.last_saved), run=str(self.run_dir)))
             return
@@ -109,15 +109,14 @@ class Session:
             self._evaluate(step)
         if not self.samples or self.samples[-1].step != step:
             self._sample(step)
-        self._save(step)
+        self._save_here()
         self._save_final()
 
     def _after_halt(self, halt: Halted) -> None:
         """Journal why, and keep the last good state where it is good and the disk takes it."""
         try:
             self._found(halt.code.find(halt.where, **halt.data))
-            if self.last_saved is None or checkpoint.step_of(self.last_saved) != self.prepared.port.state.step:
-                self._save(self.prepared.port.state.step)
+            self._save_here()
         except Halted as second:  # the state is not finite, or the journal cannot be written: nothing more to keep
             self.counts[second.code.code] += 1
 
@@ -147,6 +146,12 @@ class Session:
         if event.finding is not None:
             self._found(event.finding)
         self.observers.tell("sample", event)
+
+    def _save_here(self) -> None:
+        """A checkpoint of this very step, unless it stands already."""
+        step = self.prepared.port.state.step
+        if self.last_saved is None or checkpoint.step_of(self.last_saved) != step:
+            self._save(step)
 
     def _save(self, step: int) -> None:
         """A checkpoint; a disk that refuses is a finding, and the next save tries again."""

@@ -15,5 +15,6 @@ TEXTS = {
     "models.empty_prompt": "the prompt is empty",
     "models.no_messages": "there are no messages",
     "models.no_template": "the tokenizer has no chat template",
-    "models.no_model_inside": "it holds no model, no adapter and no run",
+    "models.tiny_option": "an option is written NAME=NUMBER",
+    "models.tiny_sizes": "vocab must be at least {vocab}, hidden a multiple of 2 x heads, and heads a multiple of kv_heads",
 }

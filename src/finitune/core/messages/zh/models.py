@@ -15,5 +15,6 @@ TEXTS = {
     "models.empty_prompt": "提示为空",
     "models.no_messages": "没有消息",
     "models.no_template": "分词器没有对话模板",
-    "models.no_model_inside": "其中没有模型、适配器或训练记录",
+    "models.tiny_option": "选项应写作 NAME=NUMBER",
+    "models.tiny_sizes": "vocab 至少为 {vocab}，hidden 应为 2 x heads 的倍数，heads 应为 kv_heads 的倍数",
 }
