@@ -257,3 +257,16 @@ def test_a_split_that_leaves_one_side_empty_is_refused(
     data = load_dataset(write("a.jsonl", ROWS), tokenizer, DataConfig())
     with pytest.raises(UserError, match="DAT018"):
         split(data, **wanted)
+
+
+def test_a_system_prompt_is_put_before_rows_that_have_none(tmp_path: Path) -> None:
+    from finitune.core.types import RowId
+    from finitune.data.records import Example, Message, with_system
+
+    row = RowId("f", 1, "x")
+    bare = Example(row, (Message("user", "a"), Message("assistant", "b")))
+    own = Example(row, (Message("system", "mine"), *bare.messages))
+    assert with_system(bare, "be brief").messages[0] == Message("system", "be brief")
+    assert with_system(own, "be brief") == own
+    assert with_system(Example(row, text="plain"), "be brief") == Example(row, text="plain")
+    assert with_system(bare, None) == bare

@@ -94,10 +94,8 @@ def test_tokens_are_those_of_the_whole_text_in_context(name: str, tokenizer_for:
     assert encode(tokenizer, TWO).rows[0].ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", [n for n in MASKS if n != "plain_with_space"])
+@pytest.mark.parametrize("name", sorted(set(MASKS) - {"plain_with_space", "chatml_without_prompt"}))
 def test_what_stands_before_an_answer_is_what_generation_is_given(name: str, tokenizer_for: Callable[..., Any]) -> None:
-    if name == "chatml_without_prompt":
-        pytest.skip("this template writes no generation prompt")
     tokenizer = tokenizer_for(name)
     row = encode(tokenizer, ONE).rows[0]
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hello there"}], add_generation_prompt=True)

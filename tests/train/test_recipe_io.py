@@ -296,7 +296,27 @@ def test_a_mapping_that_holds_itself_is_refused():
 
 
 texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=30)
-tricky = st.sampled_from(["1e3", "no", "~", "null", "0x1", "1_0", "12:30", "2024-01-01", "- a", "a: b", "=", "<<", " "])
+tricky = st.sampled_from(
+    [
+        "1e3",
+        "no",
+        "~",
+        "null",
+        "0x1",
+        "1_0",
+        "12:30",
+        "2024-01-01",
+        "- a",
+        "a: b",
+        "=",
+        "<<",
+        " ",
+        "a\x85b",
+        "\u2028",
+        "\r\n",
+        "\ufeff",
+    ]
+)
 names = texts | tricky
 reals = st.floats(1e-300, 10, exclude_min=True)
 recipes = st.builds(

@@ -230,3 +230,23 @@ def test_weights_that_never_move_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(Halted) as halted:
         loop_of(prepared, tmp_path).run()
     assert halted.value.code.code == "OPT100"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_train_as_they_do_alone(tmp_path: Path, attention: str) -> None:
+    """One packed step has the loss sum and the gradients of the same rows unpacked."""
+    losses, gradients = [], []
+    for packing in ("true", "false"):
+        prepared = ready(
+            tmp_path,
+            f"data.packing={packing}",
+            f"model.attn_implementation={attention}",
+            "group_by_length=false",
+            "per_device_train_batch_size=64",
+        )
+        trace = prepared.port.forward_backward()
+        losses.append((sorted(trace.rows), trace.num_supervised, float(trace.loss_sum)))
+        gradients.append(torch.cat([p.grad.flatten() for _, p in prepared.port.parts.parameters]))
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] == pytest.approx(losses[1][2], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)

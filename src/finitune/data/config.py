@@ -34,6 +34,8 @@ class DataConfig:
     """"auto": the tokenizer's chat template; "raw": prompt + answer + end token, for single-turn data."""
     prompt_floor: int = 16
     """Tokens of a prompt that truncation never touches."""
+    system_prompt: str | None = None
+    """System turn of every conversation that has none of its own; None leaves it to the template."""
     limit_rows: int | None = None
     """Read at most this many rows of each source; None reads all."""
     vocab_rows: int | None = None

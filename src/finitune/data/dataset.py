@@ -34,7 +34,7 @@ from finitune.data.codes import ALL_ROWS_BAD, BAD_SETTING, SPLIT_TOO_LARGE, STOP
 from finitune.data.config import DataConfig, unknown_format
 from finitune.data.encode import Encoder
 from finitune.data.files import STDLIB, Source, check_file, expand, shorten
-from finitune.data.records import Encoded, Example, Row
+from finitune.data.records import Encoded, Example, Row, with_system
 from finitune.data.sources import read_rows
 from finitune.data.survey import Survey
 
@@ -150,7 +150,8 @@ class _Loading:
             self._num_read += len(batch)
             results = [to_messages(r) if isinstance(r, Row) else r for r in batch]
             self._findings += [r for r in results if isinstance(r, Finding)]
-            self._encode([r for r in results if isinstance(r, Example)], name)
+            prompt = self._config.system_prompt
+            self._encode([with_system(r, prompt) for r in results if isinstance(r, Example)], name)
 
     def _encode(self, examples: list[Example], format_name: str) -> None:
         if any(e.text is None for e in examples):

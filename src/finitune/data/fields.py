@@ -14,9 +14,8 @@ from typing import Any
 
 from finitune.core.types import Finding
 from finitune.data.files import shorten
-from finitune.data.records import Example, Message, Row, row_finding
+from finitune.data.records import Example, Message, Row, row_finding, type_name
 from finitune.data.rowcodes import BAD_TEXT, EMPTY_ANSWER, EMPTY_PROMPT, MEDIA, MISSING_FIELD, NO_ANSWER, WRONG_TYPE
-from finitune.data.sources import type_name
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _MEDIA_FIELDS = ("images", "image", "videos", "video", "audios", "audio")

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from finitune.core.codes import Code
 from finitune.core.types import Finding, RowId
+
+if TYPE_CHECKING:  # the formats, and with them all codes, load without numpy
+    import numpy as np
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -53,6 +54,13 @@ class Example:
     """JSON schemas of the tools the conversation may call."""
 
 
+def with_system(example: Example, prompt: str | None) -> Example:
+    """The conversation with ``prompt`` as its system turn, where it has none of its own."""
+    if prompt is None or not example.messages or any(m.role == "system" for m in example.messages):
+        return example
+    return replace(example, messages=(Message("system", prompt), *example.messages))
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """A tokenised row."""
@@ -76,6 +84,14 @@ def canonical_bytes(value: Any) -> bytes:
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return text.encode("utf-8", "surrogatepass")
+
+
+def type_name(value: Any) -> str:
+    """The JSON name of a value's type."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
 
 
 def row_finding(code: Code, row: RowId, field: str = "", **data: Any) -> Finding:

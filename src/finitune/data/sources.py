@@ -22,7 +22,7 @@ from finitune.core.types import Finding, RowId
 from finitune.data import stdlib
 from finitune.data.codes import BROKEN_JSON_FILE, EMPTY_FILE, NO_PYARROW, NO_ROW_LIST, UNREADABLE
 from finitune.data.files import STDLIB, check_file, file_digest
-from finitune.data.records import Row, canonical_bytes, row_finding
+from finitune.data.records import Row, canonical_bytes, row_finding, type_name
 from finitune.data.rowcodes import BROKEN_JSON_LINE, INVALID_UTF8, NOT_AN_OBJECT
 
 __all__ = ["file_digest", "read_rows"]
@@ -100,14 +100,6 @@ def _row(name: str, number: int, value: Any) -> Row | Finding:
     if not isinstance(value, dict):
         return row_finding(NOT_AN_OBJECT, row, found=type_name(value))
     return Row(row, value)
-
-
-def type_name(value: Any) -> str:
-    """The JSON name of a value's type."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "a list", dict: "an object", int: "a number", float: "a number"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _json_rows(name: str) -> Iterator[Row | Finding]:

@@ -14,7 +14,8 @@ from finitune.core.journal import encode
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    raw: memoryview = flat.view(torch.uint8).numpy().data
+    return raw
 
 
 def digest(tensors: Iterable[tuple[str, torch.Tensor]], record: Mapping[str, Any] | None = None) -> str:

@@ -24,7 +24,8 @@ def tensor_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def total_norm(norms_P: torch.Tensor) -> torch.Tensor:
     """L2 norm of all tensors together from their own norms (P,); a 0-dim fp32 tensor."""
-    return torch.linalg.vector_norm(norms_P.float())
+    norm: torch.Tensor = torch.linalg.vector_norm(norms_P.float())
+    return norm
 
 
 def first_bad(tensor: torch.Tensor) -> tuple[int, float] | None:

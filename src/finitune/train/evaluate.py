@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from finitune.data.collate import Batch
 from finitune.train.observer import EvalEvent
-from finitune.train.step import Parts
+from finitune.train.step import Parts, on_device
 
 
 def evaluate(parts: Parts, batches: Sequence[Batch], step: int) -> EvalEvent:
@@ -32,13 +31,12 @@ def evaluate(parts: Parts, batches: Sequence[Batch], step: int) -> EvalEvent:
 
 
 def _sum(parts: Parts, batches: Sequence[Batch]) -> tuple[float, int]:
-    device: Any = parts.strategy.device
     total = torch.zeros((), dtype=torch.float64)
     count = 0
     with torch.no_grad(), parts.context():
         for batch in batches:
             done = parts.objective.compute(
-                parts.model, parts.family, batch.to(device), factor=1.0, chunk_tokens=parts.chunk_tokens
+                parts.model, parts.family, on_device(parts, batch), factor=1.0, chunk_tokens=parts.chunk_tokens
             )
             total += done.loss_sum.double().cpu()
             count += batch.num_supervised

@@ -41,6 +41,18 @@ for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
+_LINE_BREAKS = frozenset("\r\x85\u2028\u2029")
+"""YAML reads each of these as a line feed, unless it is escaped within double quotes."""
+
+
+def _text_node(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = '"' if _LINE_BREAKS & set(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text_node)
+
+
 @dataclass(frozen=True, slots=True)
 class Parsed:
     """A recipe as plain values; ``lines`` maps a dotted path to its 1-based line."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finitune.core.types import Reading, RowId
-from finitune.data.collate import Batch
+from finitune.data.collate import Batch, additive_mask
 from finitune.data.loader import Loader
 from finitune.engine.monitor import Monitor
 from finitune.engine.port import Capability, Trace
@@ -28,6 +28,10 @@ from finitune.train import optim
 from finitune.train.schedule import Schedule
 from finitune.train.state import RunState
 from finitune.train.strategies.single import Strategy
+
+
+# A padding mask is (B, T); a packed batch carries (B, 1, T, T).
+_PADDING_DIMENSIONS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +50,20 @@ class Parts:
     context: Callable[[], AbstractContextManager[Any]]
     monitor: Monitor | None
     half_max: float | None
+    additive_mask: bool
+    """Eager attention adds its mask to the scores: packed batches then need numbers instead of booleans."""
     seed: int
     chunk_tokens: int
     probe_every_steps: int
+
+
+def on_device(parts: Parts, batch: Batch) -> Batch:
+    """The batch where the model is, with the kind of mask that its attention takes."""
+    moved = batch.to(parts.strategy.device)
+    mask = moved.attention_mask
+    if mask is None or mask.dim() == _PADDING_DIMENSIONS or not parts.additive_mask:
+        return moved
+    return replace(moved, attention_mask=additive_mask(mask, next(parts.model.parameters()).dtype))
 
 
 class TrainPort:
@@ -107,7 +122,7 @@ class TrainPort:
                 done = parts.objective.compute(
                     parts.model,
                     parts.family,
-                    batch.to(parts.strategy.device),
+                    on_device(parts, batch),
                     factor=factor,
                     chunk_tokens=parts.chunk_tokens,
                 )

@@ -33,9 +33,8 @@ from finitune.data.fields import (
     text_of,
     total,
 )
-from finitune.data.records import Example, Message, Row, row_finding
+from finitune.data.records import Example, Message, Row, row_finding, type_name
 from finitune.data.rowcodes import EMPTY_PROMPT, WRONG_TYPE
-from finitune.data.sources import type_name
 
 COLUMNS = "instruction, output [, input, system, history]"
 _INPUT = ("input", "context")

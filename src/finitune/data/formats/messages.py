@@ -39,9 +39,8 @@ from finitune.data.fields import (
     tools_of,
     total,
 )
-from finitune.data.records import ROLES, Example, Message, Row, row_finding
+from finitune.data.records import ROLES, Example, Message, Row, row_finding, type_name
 from finitune.data.rowcodes import EMPTY_PROMPT, MISSING_FIELD, UNKNOWN_ROLE, WRONG_TYPE
-from finitune.data.sources import type_name
 
 COLUMNS = "messages (or conversations, conversation, dialogs): a list of turns with role and content"
 _TURNS = ("messages", "conversations", "conversation", "dialogs", "dialog")

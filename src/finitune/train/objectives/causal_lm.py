@@ -158,6 +158,6 @@ def _any_head(head: nn.Module, hidden_ND: torch.Tensor, targets_N: torch.Tensor,
 
     losses = [
         checkpoint(part, h_CD, t_C, use_reentrant=False)
-        for h_CD, t_C in zip(hidden_ND.split(chunk_tokens), targets_N.split(chunk_tokens), strict=True)
+        for h_CD, t_C in zip(torch.split(hidden_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
     ]
     return torch.stack(losses).sum()
