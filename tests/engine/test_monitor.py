@@ -99,3 +99,15 @@ def test_one_inf_element_is_seen_among_many_tensors() -> None:
 def test_headroom_is_log2_of_limit_over_peak(peaks: list[float], bits: float | None) -> None:
     assert headroom_bits(peaks, 65504.0) == bits
     assert headroom_bits(peaks, None) is None
+
+
+def test_modules_seen_more_often_than_others_keep_their_own_ranges() -> None:
+    """Micro-batches and recomputation call some modules more often."""
+    model = nn.ModuleDict({"a": nn.Identity(), "b": nn.Identity()})
+    monitor = Monitor(list(model.items()))
+    monitor.start()
+    for value in (1.0, -5.0, 3.0):
+        model["a"](torch.tensor([value]))
+    model["b"](torch.tensor([7.0, 8.0]))
+    names, ranges = monitor.stop()
+    assert dict(zip(names, ranges.tolist(), strict=True)) == {"a": [-5.0, 3.0], "b": [7.0, 8.0]}

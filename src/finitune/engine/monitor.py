@@ -57,18 +57,27 @@ class Monitor:
     def stop(self) -> tuple[list[str], torch.Tensor | None]:
         """End the step: names and ranges_M2 (M, 2) fp32 (least, greatest over all micro-batches)."""
         self.active = False
-        if not self._seen:
-            return [], None
-        names = list(self._seen)
-        ranges = [torch.stack([v.float() for v in self._seen[n]]) for n in names]
+        names, lists = list(self._seen), list(self._seen.values())
         self._seen.clear()
-        return names, torch.stack([torch.stack([r.min(), r.max()]) for r in ranges])
+        return names, _joined(lists) if names else None
 
     def close(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _joined(lists: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Least and greatest of each list of alternating least and greatest values, (M, 2) fp32.
+
+    One ``stack`` for all of them: dozens of tiny operations would cost more than the looking.
+    """
+    longest = max(map(len, lists))
+    # A module seen less often than others repeats its last pair; minimum and maximum do not mind.
+    even = [values if len(values) == longest else [*values, *values[-2:] * longest][:longest] for values in lists]
+    all_MK2 = torch.stack([v.float() for values in even for v in values]).view(len(lists), -1, 2)
+    return torch.stack([all_MK2[..., 0].amin(dim=1), all_MK2[..., 1].amax(dim=1)], dim=1)
 
 
 def read(trace: Trace) -> Reading:

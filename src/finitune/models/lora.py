@@ -27,6 +27,7 @@ from finitune.models.codes import (
 )
 from finitune.models.family import Family
 from finitune.models.layout import bare
+from finitune.models.lora_fused import fuse
 from finitune.models.weights import listing, read_state, scan, shown
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def attach(model: nn.Module, settings: LoraSettings, family: Family) -> PeftMode
         torch.manual_seed(settings.init_seed)
         wrapped = get_peft_model(model, config)
     _widen_saved_modules(wrapped)
+    fuse(wrapped)
     return cast("PeftModel", wrapped)
 
 
@@ -247,6 +249,7 @@ def open_adapter(model: nn.Module, folder: Path) -> PeftModel:
         raise UserError(BAD_ADAPTER, str(folder), reason=str(error).split("\n")[0]) from error
     load_adapter(wrapped, folder)
     wrapped.requires_grad_(False)
+    fuse(wrapped)
     wrapped.eval()
     return cast("PeftModel", wrapped)
 

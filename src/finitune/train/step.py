@@ -29,7 +29,6 @@ from finitune.train.schedule import Schedule
 from finitune.train.state import RunState
 from finitune.train.strategies.single import Strategy
 
-
 # A padding mask is (B, T); a packed batch carries (B, 1, T, T).
 _PADDING_DIMENSIONS = 2
 

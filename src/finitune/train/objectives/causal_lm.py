@@ -56,7 +56,8 @@ def compute(model: nn.Module, family: Any, batch: Any, *, factor: float, chunk_t
         return Computed(torch.zeros((), device=hidden_BTD.device), None, 0)
     if type(head) is nn.Linear:
         total, scaled = _FusedHead.apply(  # type: ignore[no-untyped-call]
-            hidden_ND, head.weight, head.bias, targets_N, factor, chunk_tokens)
+            hidden_ND, head.weight, head.bias, targets_N, factor, chunk_tokens
+        )
         return Computed(total.detach(), scaled, targets_N.numel())
     total = _any_head(head, hidden_ND, targets_N, chunk_tokens)
     return Computed(total.detach(), total * factor, targets_N.numel())
