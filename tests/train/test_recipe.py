@@ -141,16 +141,12 @@ CONTRADICTIONS = [
     ({"fp16": False, "precision": "fp16"}, codes.PRECISION_CONFLICT),
     ({"bf16": True, "precision": "fp16"}, codes.PRECISION_CONFLICT),
     ({"bf16": False, "precision": "bf16-pure"}, codes.PRECISION_CONFLICT),
-    ({"warmup_steps": 5, "warmup_ratio": 0.1}, codes.TWO_WARMUPS),
-    ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, codes.NO_WARMUP_HERE),
     ({"warmup_steps": 10, "max_steps": 10}, codes.SCHEDULE_TOO_LONG),
     (
         {"lr_scheduler_type": "warmup_stable_decay", "warmup_ratio": 0.6, "decay_ratio": 0.5},
         codes.SCHEDULE_TOO_LONG,
     ),
     ({"freeze": ["*embed*"]}, codes.FREEZE_WITH_LORA),
-    ({"eval_steps": 5, "data": DataSection(eval_fraction=0)}, codes.NOTHING_TO_EVALUATE),
-    ({"sample": SampleSection(every_steps=5)}, codes.NOTHING_TO_SAMPLE),
     ({"scaler": ScalerSection(init_scale=0.01)}, codes.SCALER_FLOOR),
 ]
 
@@ -180,11 +176,16 @@ def test_what_does_not_contradict_is_accepted(fields):
 
 
 def test_all_contradictions_come_at_once():
-    found = codes_of(fp16=True, bf16=True, freeze=["a"], eval_steps=1, data=DataSection(eval_fraction=0))
-    assert found == ["CFG011", "CFG016", "CFG018"]
+    found = codes_of(fp16=True, bf16=True, freeze=["a"], scaler=ScalerSection(init_scale=0.01))
+    assert found[:2] == ["CFG011", "CFG016"]
+    assert len(found) == 3
 
 
 NOTES = [
+    ({"warmup_steps": 5, "warmup_ratio": 0.1}, "warmup_ratio"),
+    ({"warmup_steps": 5, "lr_scheduler_type": "constant"}, "warmup_steps"),
+    ({"eval_steps": 5, "data": DataSection(eval_fraction=0)}, "eval_steps"),
+    ({"sample": SampleSection(every_steps=5)}, "sample.every_steps"),
     ({"data": DataSection(packing=True)}, "group_by_length"),
     ({"sample": SampleSection(prompts=["a"], top_p=0.9)}, "sample.top_p"),
     ({"precision": "fp32", "scaler": ScalerSection(init_scale=4.0)}, "scaler"),

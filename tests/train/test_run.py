@@ -289,3 +289,15 @@ def test_auto_folders_are_numbered(tmp_path: Path, monkeypatch) -> None:
     first = folder.choose("auto", "quickstart")
     first.mkdir(parents=True)
     assert [str(first), str(folder.choose("auto", "quickstart"))] == ["runs/quickstart-T", "runs/quickstart-T-2"]
+
+
+def test_the_stored_recipe_writes_out_what_was_derived(tmp_path: Path, monkeypatch) -> None:
+    recipe = tiny_recipe(tmp_path, "max_steps=-1", "num_train_epochs=0.1", "precision=auto", "device=auto")
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": ["rows.jsonl"]})})
+    result = train_run(recipe)
+    stored = load_recipe(str(tmp_path / "run" / "recipe.yaml"), [])
+    assert stored.max_steps == result.steps
+    assert stored.data.train == [str(tmp_path / "rows.jsonl")]
+    assert (stored.precision, stored.device) == ("fp32", "cpu")
+    assert stored.model.name_or_path == "tiny-llama"

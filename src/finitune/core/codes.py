@@ -72,11 +72,26 @@ class _Gaps(dict[str, Any]):
 
 def fill(template: str, data: Mapping[str, Any]) -> str:
     """Fill ``{name}`` fields; floats are shown with 4 significant digits. Never raises."""
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in data.items()}
+    shown = {k: _shown(v) for k, v in data.items()}
     try:
         return template.format_map(_Gaps(shown))
     except (ValueError, IndexError, AttributeError, KeyError, TypeError):
         return template
+
+
+_LONGEST_CHARS = 600
+
+
+def shorten(text: str) -> str:
+    """``text``, or its two ends where it is longer than a message should quote."""
+    half = _LONGEST_CHARS // 2
+    return text if len(text) <= _LONGEST_CHARS else f"{text[:half]} ... {text[-half:]}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return shorten(value) if isinstance(value, str) else value
 
 
 def _provider_names(root: Path) -> Iterator[str]:

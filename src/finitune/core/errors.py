@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
-from finitune.core.codes import Code, fill
+from finitune.core.codes import Code, fill, shorten
 from finitune.core.messages.catalogue import language, text
 from finitune.core.types import Finding
 
@@ -97,7 +97,7 @@ def describe(code: Code, where: str, data: dict[str, Any] | Any) -> str:
     page = code.text(language())
     lines = [f"{code.code} {fill(page.what, data)}"]
     if where:
-        lines.append(f"  {text('error.where')}: {where}")
+        lines.append(f"  {text('error.where')}: {shorten(where)}")
     if page.why:
         lines.append(f"  {text('error.why')}: {fill(page.why, data)}")
     lines += [f"  {text('error.try')}: {fill(cure, data)}" for cure in page.cures]

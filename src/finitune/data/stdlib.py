@@ -33,13 +33,15 @@ _SKIPPED_FILES = frozenset(("this.py", "antigravity.py", "turtle.py", "__main__.
 # All of these are compiled into CPython or loaded by this module's own imports.
 _BUILT_IN: tuple[ModuleType, ...] = (builtins, itertools, math, time)
 _MIN_CHARS = 40
+# A first paragraph beyond this is a table or a manual, not an answer.
+_MAX_CHARS = 480
 
 
 def rows(source: str) -> Iterator[Row]:
     """Rows ``{"object": "collections.Counter", "kind": "class", "docstring": ...}``, numbered from 1."""
     number = 0
     for name, kind, doc in itertools.chain(_from_sources(), _from_built_in()):
-        if len(doc) < _MIN_CHARS:
+        if len(doc) < _MIN_CHARS or len(doc.strip().partition("\n\n")[0]) > _MAX_CHARS:
             continue
         number += 1
         fields = {"object": name, "kind": kind, "docstring": doc}

@@ -1,15 +1,16 @@
-"""transformers, kept quiet: our reports replace its bars and its log lines."""
+"""transformers and peft, kept quiet: our reports replace their bars, log lines and advice to developers."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no log lines below errors inside; both are restored."""
+    """No progress bars, no log lines below errors and no FutureWarning inside; all are restored."""
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -18,7 +19,9 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

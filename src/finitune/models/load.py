@@ -11,6 +11,7 @@ Nothing in a checkpoint is run or unpickled, and no weight is ever left random i
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,9 +106,10 @@ def resolve(name_or_path: str) -> Path | str:
     Raises UserError: MOD001 not found, MOD002 SmolLM2 not installed, or what the GGUF conversion raises.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    # os.path, not pathlib: a name may be no possible path at all.
+    if os.path.isdir(path):
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         if path.suffix.lower() == ".gguf":
             return gguf.converted(path)
         return _not_found(name_or_path, text("models.not_a_model_file"))

@@ -27,6 +27,7 @@ from finitune.models.codes import (
 )
 from finitune.models.family import Family
 from finitune.models.layout import bare
+from finitune.models.library import quiet
 from finitune.models.lora_fused import fuse
 from finitune.models.weights import listing, read_state, scan, shown
 
@@ -83,7 +84,7 @@ def attach(model: nn.Module, settings: LoraSettings, family: Family) -> PeftMode
         ensure_weight_tying=_saves_tied(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+    with torch.random.fork_rng(devices=_cuda_devices(model)), quiet():
         torch.manual_seed(settings.init_seed)
         wrapped = get_peft_model(model, config)
     _widen_saved_modules(wrapped)
@@ -244,7 +245,8 @@ def open_adapter(model: nn.Module, folder: Path) -> PeftModel:
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
-        wrapped = get_peft_model(model, config)
+        with quiet():
+            wrapped = get_peft_model(model, config)
     except (ValueError, TypeError, KeyError, OSError) as error:
         raise UserError(BAD_ADAPTER, str(folder), reason=str(error).split("\n")[0]) from error
     load_adapter(wrapped, folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +28,10 @@ def load_any(path: str, *, dtype: torch.dtype = torch.float32, device: str = "cp
     Raises UserError: as :func:`~finitune.models.load.load` and :func:`~finitune.models.lora.open_adapter`.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir() and not _is_model(folder):
+    if os.path.isdir(folder) and not _is_model(folder):
         folder = _inside(folder)
         path = str(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
+    if os.path.isfile(folder / ADAPTER_CONFIG):
         return _adapter(folder, dtype, device)
     return load(path, dtype=dtype, device=device)
 

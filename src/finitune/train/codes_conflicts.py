@@ -66,22 +66,6 @@ PURE_FP16 = Code(
         ),
     ),
 )
-TWO_WARMUPS = Code(
-    "CFG014",
-    Severity.ERROR,
-    Text(
-        "two lengths of warm-up",
-        "warmup_steps is {warmup_steps} and warmup_ratio is {warmup_ratio}.",
-        "Both say how long the warm-up lasts; only one can hold.",
-        ("Keep warmup_steps and set warmup_ratio to 0, or set warmup_steps to null.",),
-    ),
-    Text(
-        "两个预热长度",
-        "warmup_steps 是 {warmup_steps}，warmup_ratio 是 {warmup_ratio}。",
-        "两者都规定预热的长度，只能有一个生效。",
-        ("保留 warmup_steps 并把 warmup_ratio 设为 0，或把 warmup_steps 设为 null。",),
-    ),
-)
 SCHEDULE_TOO_LONG = Code(
     "CFG015",
     Severity.ERROR,
@@ -115,54 +99,6 @@ FREEZE_WITH_LORA = Code(
         "freeze 给出了 {num_patterns} 个模式，但同时设置了 lora。",
         "LoRA 本来就冻结整个基础模型；freeze 用于全量微调时选择不训练的部分。",
         ("用 LoRA 时删除 freeze，并用 lora.target_modules 选择模块。", "全量微调请设 `lora: null`。"),
-    ),
-)
-NO_WARMUP_HERE = Code(
-    "CFG017",
-    Severity.ERROR,
-    Text(
-        "this schedule has no warm-up",
-        "lr_scheduler_type is constant, but warmup_steps is {warmup_steps}.",
-        "The constant schedule starts at the full learning rate, so the warm-up would be ignored.",
-        ("Use `lr_scheduler_type: constant_with_warmup`, or set warmup_steps to null.",),
-    ),
-    Text(
-        "这种调度没有预热",
-        "lr_scheduler_type 是 constant，但 warmup_steps 是 {warmup_steps}。",
-        "constant 从一开始就使用完整学习率，预热会被忽略。",
-        ("使用 `lr_scheduler_type: constant_with_warmup`，或把 warmup_steps 设为 null。",),
-    ),
-)
-NOTHING_TO_EVALUATE = Code(
-    "CFG018",
-    Severity.ERROR,
-    Text(
-        "evaluation without rows",
-        "eval_steps is {eval_steps}, but data.eval is null and data.eval_fraction is 0.",
-        "There would be no rows to evaluate on.",
-        ("Give data.eval a file, or hold out rows with `data.eval_fraction: 0.02`, or set eval_steps to null.",),
-    ),
-    Text(
-        "没有可评估的数据",
-        "eval_steps 是 {eval_steps}，但 data.eval 为 null 且 data.eval_fraction 为 0。",
-        "没有任何行可以用来评估。",
-        ("为 data.eval 指定文件，或用 `data.eval_fraction: 0.02` 留出一部分，或把 eval_steps 设为 null。",),
-    ),
-)
-NOTHING_TO_SAMPLE = Code(
-    "CFG019",
-    Severity.ERROR,
-    Text(
-        "samples without prompts",
-        "sample.every_steps is {every_steps}, but sample.prompts is empty.",
-        "There is nothing to ask the model.",
-        ("Add prompts to sample.prompts, or set sample.every_steps to null.",),
-    ),
-    Text(
-        "没有提示词可供采样",
-        "sample.every_steps 是 {every_steps}，但 sample.prompts 为空。",
-        "没有可以问模型的内容。",
-        ("在 sample.prompts 中加入提示词，或把 sample.every_steps 设为 null。",),
     ),
 )
 SCALER_FLOOR = Code(
@@ -218,12 +154,8 @@ CODES = (
     BOTH_HALVES,
     PRECISION_CONFLICT,
     PURE_FP16,
-    TWO_WARMUPS,
     SCHEDULE_TOO_LONG,
     FREEZE_WITH_LORA,
-    NO_WARMUP_HERE,
-    NOTHING_TO_EVALUATE,
-    NOTHING_TO_SAMPLE,
     SCALER_FLOOR,
     UNUSED_SETTING,
     RANDOM_LORA,

@@ -13,7 +13,7 @@ import torch
 _FP32_BYTES = 4
 # A training step spends about so much of its time in matrix products (measured on 2 CPU cores with
 # 6M-135M Llama models); the rest is norms, softmax, rotary embedding, copies.
-_GEMM_SHARE = 0.6
+_GEMM_SHARE = 0.5
 # Tensors of hidden and of MLP width that autograd keeps for one decoder layer and token.
 _KEPT_HIDDEN, _KEPT_MLP = 12, 4
 

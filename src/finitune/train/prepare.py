@@ -26,6 +26,7 @@ from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
 from finitune.train import optim, plan
 from finitune.train.recipe import Recipe
+from finitune.train.recipe_checks import notes
 from finitune.train.recipe_io import resolved_precision
 from finitune.train.schedule import SCHEDULES, Shape
 from finitune.train.state import RunState
@@ -43,6 +44,7 @@ class Prepared:
     eval_batches: tuple[Batch, ...]
     findings: list[Finding]
     device: torch.device
+    precision: str
     data_digest: str
 
 
@@ -70,7 +72,13 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     state = RunState(scaler=LossScaler(scaler_settings(recipe)) if choice.precision.uses_scaler else None)
     port = TrainPort(_parts(recipe, loaded, model, loader, choice.precision, device, total_steps), state)
     planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps)
-    findings = [*choice.findings, *train_set.findings, *loaded.report.findings, *_memory_finding(recipe, planned)]
+    findings = [
+        *notes(recipe),
+        *choice.findings,
+        *train_set.findings,
+        *loaded.report.findings,
+        *_memory_finding(recipe, planned),
+    ]
     return Prepared(
         recipe,
         port,
@@ -79,6 +87,7 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
         _eval_batches(recipe, loaded.tokenizer, eval_set),
         findings,
         device,
+        choice.precision.name,
         train_set.digest,
     )
 
@@ -311,7 +320,7 @@ def _plan(
         plan.Derived(
             "batch",
             f"{recipe.per_device_train_batch_size} x {recipe.gradient_accumulation_steps}",
-            text("train.why_batch", tokens=work.micro_tokens, supervised=work.micro_supervised),
+            text("train.why_batch", tokens=round(work.micro_tokens), supervised=round(work.micro_supervised)),
         ),
         plan.Derived("steps", str(total_steps), _why_steps(recipe)),
         plan.Derived(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from finitune.train.recipe import Recipe
 
 WARMUP_RATIO_DEFAULT = 0.03
-"""A ratio that was not touched does not contradict ``warmup_steps``."""
+"""A ratio that was not touched needs no note beside ``warmup_steps``."""
 
 
 def check(recipe: Recipe) -> None:
@@ -61,13 +61,9 @@ def _precision(recipe: Recipe) -> Iterator[UserError]:
 
 
 def _warmup(recipe: Recipe) -> Iterator[UserError]:
-    steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
+    steps = recipe.warmup_steps
     if steps is None:
         return
-    if ratio not in (0.0, WARMUP_RATIO_DEFAULT):
-        yield UserError(codes.TWO_WARMUPS, "warmup_steps, warmup_ratio", warmup_steps=steps, warmup_ratio=ratio)
-    if steps > 0 and recipe.lr_scheduler_type == "constant":
-        yield UserError(codes.NO_WARMUP_HERE, "warmup_steps, lr_scheduler_type", warmup_steps=steps)
     if 0 < recipe.max_steps <= steps:
         yield _too_long("warmup_steps", steps, f"max_steps {recipe.max_steps}", recipe.max_steps - 1)
 
@@ -89,18 +85,6 @@ def _freeze(recipe: Recipe) -> Iterator[UserError]:
         yield UserError(codes.FREEZE_WITH_LORA, "freeze, lora", num_patterns=len(recipe.freeze))
 
 
-def _evaluation(recipe: Recipe) -> Iterator[UserError]:
-    if recipe.eval_steps is not None and recipe.data.eval is None and recipe.data.eval_fraction == 0:
-        yield UserError(codes.NOTHING_TO_EVALUATE, "eval_steps, data.eval_fraction", eval_steps=recipe.eval_steps)
-
-
-def _samples(recipe: Recipe) -> Iterator[UserError]:
-    if recipe.sample.every_steps is not None and not recipe.sample.prompts:
-        yield UserError(
-            codes.NOTHING_TO_SAMPLE, "sample.every_steps, sample.prompts", every_steps=recipe.sample.every_steps
-        )
-
-
 def _scaler(recipe: Recipe) -> Iterator[UserError]:
     init, floor = recipe.scaler.init_scale, recipe.scaler.min_scale
     if init < floor:
@@ -112,8 +96,6 @@ _RULES: tuple[Callable[[Recipe], Iterator[UserError]], ...] = (
     _warmup,
     _decay,
     _freeze,
-    _evaluation,
-    _samples,
     _scaler,
     unknown_members,
 )
@@ -121,6 +103,27 @@ _RULES: tuple[Callable[[Recipe], Iterator[UserError]], ...] = (
 
 def _unused(key: str, value: object, reason: str) -> Finding:
     return codes.UNUSED_SETTING.find(key, key=key, value=value, reason=text(f"recipe.unused.{reason}"))
+
+
+def _note_warmup(recipe: Recipe) -> Iterator[Finding]:
+    """Steps win over the ratio, as in transformers; a constant rate has no warm-up at all."""
+    steps, ratio = recipe.warmup_steps, recipe.warmup_ratio
+    if recipe.lr_scheduler_type == "constant":
+        if steps:
+            yield _unused("warmup_steps", steps, "no_warmup")
+        return
+    if steps is not None and ratio not in (0.0, WARMUP_RATIO_DEFAULT):
+        yield _unused("warmup_ratio", ratio, "warmup_steps")
+
+
+def _note_evaluation(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.eval_steps is not None and recipe.data.eval is None and recipe.data.eval_fraction == 0:
+        yield _unused("eval_steps", recipe.eval_steps, "no_held_out")
+
+
+def _note_samples(recipe: Recipe) -> Iterator[Finding]:
+    if recipe.sample.every_steps is not None and not recipe.sample.prompts:
+        yield _unused("sample.every_steps", recipe.sample.every_steps, "no_prompts")
 
 
 def _note_grouping(recipe: Recipe) -> Iterator[Finding]:
@@ -151,6 +154,9 @@ def _note_random(recipe: Recipe) -> Iterator[Finding]:
 
 
 _NOTES: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
+    _note_warmup,
+    _note_evaluation,
+    _note_samples,
     _note_grouping,
     _note_sampling,
     _note_scaler,

@@ -7,6 +7,8 @@ Session     evaluate and sample, train (loop.py), evaluate, sample, save, summar
 
 from __future__ import annotations
 
+import glob
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,7 +68,9 @@ def open_run(
     prepared.findings[:0] = findings
     if point is not None:
         _restore(prepared, point)
-    write_atomic(run_dir / folder.RECIPE_FILE, to_yaml(recipe).encode())
+    if point is None:
+        stored = to_yaml(resolved(recipe, prepared))
+        write_atomic(run_dir / folder.RECIPE_FILE, stored.encode())
     journal = Journal(run_dir / folder.JOURNAL_FILE)
     everyone = Observers([*observers, *trackers_of(recipe.report_to, run_dir)])
     return Session(run_dir, prepared, journal, everyone, started_s, point)
@@ -93,6 +97,36 @@ def _remove_if_empty(run_dir: Path) -> None:
         run_dir.rmdir()
     except OSError:
         return
+
+
+def resolved(recipe: Recipe, prepared: Prepared) -> Recipe:
+    """The recipe with everything that was derived written out, so that it runs the same again from anywhere."""
+    data, model = recipe.data, recipe.model
+    return recipe.model_copy(
+        update={
+            "precision": prepared.precision,
+            "fp16": None,
+            "bf16": None,
+            "device": str(prepared.device),
+            "max_steps": prepared.plan.total_steps,
+            "data": data.model_copy(
+                update={"train": _absolute(data.train), "eval": None if data.eval is None else _absolute(data.eval)}
+            ),
+            "model": model.model_copy(
+                update={"name_or_path": _absolute(model.name_or_path), "chat_template": _absolute(model.chat_template)}
+            ),
+        }
+    )
+
+
+def _absolute(paths: Any) -> Any:
+    """Paths that exist as absolute ones; names of models and sources, and templates, as they are."""
+    if isinstance(paths, list):
+        return [_absolute(path) for path in paths]
+    if not isinstance(paths, str):
+        return paths
+    pattern = any(c in paths for c in "*?[")
+    return os.path.abspath(paths) if os.path.exists(paths) or (pattern and glob.glob(paths)) else paths
 
 
 def _restore(prepared: Prepared, point: Path) -> None:

@@ -48,6 +48,7 @@ _QUESTIONS: Mapping[str, tuple[str, ...]] = {
 }
 _ROLE = re.compile(r":(?:[a-z]+:)?[a-z]+:`([^`]*)`")  # Sphinx roles: :class:`X` -> `X`
 _ENOUGH_CHARS = 240
+_AT_MOST_CHARS = 480
 _MAX_PARAGRAPHS = 3
 
 
@@ -73,7 +74,8 @@ def clean(doc: str) -> str:
     kept: list[str] = []
     for paragraph in re.split(r"\n\s*\n", doc.strip()):
         said_enough = len(kept) == _MAX_PARAGRAPHS or sum(map(len, kept)) >= _ENOUGH_CHARS
-        if said_enough or (kept and ">>>" in paragraph):
+        too_much = kept and sum(map(len, kept)) + len(paragraph) > _AT_MOST_CHARS
+        if said_enough or too_much or (kept and ">>>" in paragraph):
             break
         kept.append(_ROLE.sub(r"`\1`", _reflowed(paragraph)))
     return "\n\n".join(p for p in kept if p)

@@ -42,4 +42,8 @@ TEXTS = {
     "recipe.override": "override {override}",
     "recipe.line": "{source}, line {line}: {path}",
     "recipe.place": "{source}: {path}",
+    "recipe.unused.no_warmup": "lr_scheduler_type constant has no warm-up",
+    "recipe.unused.warmup_steps": "warmup_steps is set and wins",
+    "recipe.unused.no_held_out": "no rows are held out (data.eval_fraction is 0)",
+    "recipe.unused.no_prompts": "sample.prompts is empty",
 }

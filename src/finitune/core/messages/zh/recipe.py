@@ -42,4 +42,8 @@ TEXTS = {
     "recipe.override": "覆盖项 {override}",
     "recipe.line": "{source} 第 {line} 行：{path}",
     "recipe.place": "{source}：{path}",
+    "recipe.unused.no_warmup": "lr_scheduler_type 为 constant 时没有预热",
+    "recipe.unused.warmup_steps": "设置了 warmup_steps，以它为准",
+    "recipe.unused.no_held_out": "没有留出数据（data.eval_fraction 为 0）",
+    "recipe.unused.no_prompts": "sample.prompts 为空",
 }
