@@ -299,5 +299,5 @@ def test_the_stored_recipe_writes_out_what_was_derived(tmp_path: Path, monkeypat
     stored = load_recipe(str(tmp_path / "run" / "recipe.yaml"), [])
     assert stored.max_steps == result.steps
     assert stored.data.train == [str(tmp_path / "rows.jsonl")]
-    assert (stored.precision, stored.device) == ("fp32", "cpu")
+    assert (stored.precision in ("fp32", "bf16"), stored.device) == (True, "cpu")
     assert stored.model.name_or_path == "tiny-llama"
