@@ -46,9 +46,14 @@ def test_atomic_folder_that_fails_keeps_the_old_folder(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with files.atomic_folder(target) as folder:
         (folder / "a").write_text("old")
-    with pytest.raises(RuntimeError, match="midway"), files.atomic_folder(target) as folder:
-        (folder / "a").write_text("new")
-        raise RuntimeError("midway")
+
+    def write_half() -> None:
+        with files.atomic_folder(target) as folder:
+            (folder / "a").write_text("new")
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        write_half()
     assert (target / "a").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -75,7 +75,7 @@ def _joined(lists: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
     """
     longest = max(map(len, lists))
     # A module seen less often than others repeats its last pair; minimum and maximum do not mind.
-    even = [values if len(values) == longest else [*values, *values[-2:] * longest][:longest] for values in lists]
+    even = [[*values, *(list(values[-2:]) * longest)][:longest] for values in lists]
     all_MK2 = torch.stack([v.float() for values in even for v in values]).view(len(lists), -1, 2)
     return torch.stack([all_MK2[..., 0].amin(dim=1), all_MK2[..., 1].amax(dim=1)], dim=1)
 

@@ -72,13 +72,8 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     state = RunState(scaler=LossScaler(scaler_settings(recipe)) if choice.precision.uses_scaler else None)
     port = TrainPort(_parts(recipe, loaded, model, loader, choice.precision, device, total_steps), state)
     planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps)
-    findings = [
-        *notes(recipe),
-        *choice.findings,
-        *train_set.findings,
-        *loaded.report.findings,
-        *_memory_finding(recipe, planned),
-    ]
+    findings = [*notes(recipe), *choice.findings, *loaded.report.findings, *train_set.findings]
+    findings += _memory_finding(recipe, planned)
     return Prepared(
         recipe,
         port,

@@ -37,7 +37,8 @@ TEXTS = {
     "train.status.interrupted": "interrupted on request",
     "train.status.halted": "halted by the guard",
     "train.sum.steps": "steps",
-    "train.sum.steps_value": "{steps}: {updates} committed, {skipped} refused, {overflows} retried at a smaller loss scale",
+    "train.sum.steps_value": "{steps}: {updates} committed, {skipped} refused, "
+    "{overflows} retried at a smaller loss scale",
     "train.sum.eval": "held-out loss",
     "train.sum.eval_value": "{before} -> {after} ({change} %)",
     "train.sum.eval_one": "{after}",
