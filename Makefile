@@ -12,7 +12,7 @@ quickstart: install model
 	$(BIN)/finitune train
 
 test: install model
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests --durations=15 $(TESTS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -m "not real" --durations=15 $(TESTS)
 
 # Lint, types, floors.
 check: install
@@ -27,7 +27,7 @@ format: install
 
 # Heavier tiers: the real 135M model, and the measurements behind the README's figures.
 real: install model
-	FINITUNE_REAL=1 $(BIN)/python -m pytest tests -m real --durations=15
+	$(BIN)/python -m pytest tests -m real --durations=15
 
 golden: install
 	$(BIN)/python -m pytest tests/golden

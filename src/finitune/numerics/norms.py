@@ -16,10 +16,12 @@ def tensor_norms(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     if not tensors:
         return torch.zeros(0)
+    # torch does not narrow: one fp64 tensor among them makes all sums fp64.
+    wide = any(t.dtype == torch.float64 for t in tensors)
     with torch.no_grad():
-        norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float32)
+        norms = torch._foreach_norm(list(tensors), 2, dtype=torch.float64 if wide else torch.float32)
         device = norms[0].device
-        return torch.stack([n.to(device, non_blocking=True) for n in norms])
+        return torch.stack([n.to(device, non_blocking=True) for n in norms]).float()
 
 
 def total_norm(norms_P: torch.Tensor) -> torch.Tensor:
