@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from finitune.cli.render import Heading, Para, Raw, Table, plain, show, width
+from finitune.cli.render import Heading, Para, Raw, Table, plain, show
+from finitune.report.words import width
 
 
 class Terminal(io.StringIO):

@@ -301,3 +301,21 @@ def test_the_stored_recipe_writes_out_what_was_derived(tmp_path: Path, monkeypat
     assert stored.data.train == [str(tmp_path / "rows.jsonl")]
     assert (stored.precision in ("fp32", "bf16"), stored.device) == (True, "cpu")
     assert stored.model.name_or_path == "tiny-llama"
+
+
+def test_the_summary_counts_what_was_found_in_steps(tmp_path: Path) -> None:
+    session = open_run(tiny_recipe(tmp_path, "max_steps=6"))
+    port = session.prepared.port
+    poison_output(port.parts.model.get_submodule("model.layers.0.mlp.down_proj"), at_step(port, 2, 4))
+    result = session.run()
+    assert result.findings["NUM001"] == 2
+    assert (result.skipped, result.updates) == (2, 4)
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_starts(tmp_path: Path, monkeypatch) -> None:
+    from finitune.train import trackers_of
+
+    monkeypatch.setattr(trackers_of, "find_spec", lambda _name: None)
+    with pytest.raises(UserError, match=r"SYS011.*tensorboard"):
+        train_run(tiny_recipe(tmp_path, "max_steps=2", "report_to=[tensorboard]"))
+    assert not (tmp_path / "run").exists()

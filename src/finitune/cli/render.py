@@ -5,10 +5,11 @@ A command returns blocks and does not print them, so that the same command can a
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
+
+from finitune.report.words import aligned
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +69,7 @@ def _plain(block: Block) -> str:
 
 
 def _plain_table(table: Table) -> str:
-    rows = ((table.head,) if table.head else ()) + table.rows
-    if not rows:
-        return ""
-    widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(_pad(row, widths) for row in rows)
-
-
-def _pad(row: Sequence[str], widths: Sequence[int]) -> str:
-    cells = (cell + " " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True))
-    return "  ".join(cells).rstrip()
-
-
-def width(text: str) -> int:
-    """Columns that a text takes on a terminal; Chinese characters take two."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return "\n".join(aligned(((table.head,) if table.head else ()) + table.rows))
 
 
 def _show_rich(blocks: Sequence[Block], stream: TextIO) -> None:

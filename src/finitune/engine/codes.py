@@ -277,6 +277,23 @@ JOURNAL_LOST = Code(
     ),
 )
 
+MISSING_PACKAGE = Code(
+    "SYS011",
+    Severity.ERROR,
+    Text(
+        "a tracker needs a package that is not installed",
+        "{name} needs the package {package}.",
+        "Trackers of other tools are optional and come with extras.",
+        ("pip install 'finitune[{name}]'", "or remove {name} from report_to; report_to: [csv] needs nothing"),
+    ),
+    Text(
+        "跟踪器需要的软件包没有安装",
+        "{name} 需要软件包 {package}。",
+        "其他工具的跟踪器是可选的，随附加依赖安装。",
+        ("pip install 'finitune[{name}]'", "或从 report_to 中移除 {name}；report_to: [csv] 不需要任何依赖"),
+    ),
+)
+
 CODES = (
     TOO_MANY_ABORTS,
     STATE_NOT_FINITE,
@@ -291,4 +308,5 @@ CODES = (
     INTERRUPTED,
     OBSERVER_FAILED,
     JOURNAL_LOST,
+    MISSING_PACKAGE,
 )

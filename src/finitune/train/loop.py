@@ -14,6 +14,7 @@ while steps are left and nobody asked to stop:
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -55,6 +56,8 @@ class Loop:
     total_steps: int
     dues: tuple[Due, ...] = ()
     stop_requested: Callable[[], bool] = field(default=lambda: False)
+    counts: Counter[str] = field(default_factory=Counter)
+    """How often each code was found in a step."""
 
     def run(self) -> bool:
         """Train to the end; True if finished, False if asked to stop. Raises Halted."""
@@ -90,6 +93,7 @@ class Loop:
 
     def _record(self, outcome: Outcome, action: Action, time_s: float) -> None:
         reading, judgement = outcome.reading, outcome.judgement
+        self.counts.update(f.code for f in judgement.findings)
         self._write(
             "step",
             **reading.to_json() | {"time_s": round(time_s, 4)},

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from finitune.core import registry
+from finitune.core.errors import raise_all
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
@@ -31,6 +32,7 @@ from finitune.train.recipe_io import resolved_precision
 from finitune.train.schedule import SCHEDULES, Shape
 from finitune.train.state import RunState
 from finitune.train.step import Parts, TrainPort
+from finitune.train.trackers_of import missing_packages
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
 
     Raises UserError or UserErrors for whatever the user can mend: model, data, precision, LoRA targets.
     """
+    raise_all(missing_packages(recipe.report_to))
     device = pick_device(recipe.device)
     choice = precisions.choose(resolved_precision(recipe), device)
     loaded = _load_model(recipe, choice.precision, device, checkpoint)

@@ -88,6 +88,7 @@ class Session:
                 Due(recipe.save_steps, self._save),
             ),
             stop_requested=stop,
+            counts=self.counts,
         )
         began_s = time.perf_counter()
         try:
@@ -203,7 +204,6 @@ class Session:
     def _sum_up(self, status: str, halted: str | None) -> RunResult:
         state = self.prepared.port.state
         final = self.run_dir / folder.FINAL
-        step_findings = Counter({"NUM003": state.history.num_overflows} if state.history.num_overflows else {})
         result = RunResult(
             status=status,
             run_dir=str(self.run_dir),
@@ -219,7 +219,7 @@ class Session:
             time_s=time.perf_counter() - self.started_s,
             train_time_s=self.train_time_s,
             peak_memory_bytes=peak_memory_bytes(),
-            findings=dict(self.counts + step_findings),
+            findings=dict(self.counts),
             halted=halted,
             samples=tuple(self.samples),
         )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from finitune.core import registry
+from finitune.core.errors import UserError
+from finitune.engine.codes import MISSING_PACKAGE
 from finitune.train.observer import EvalEvent, StepEvent
 
 
@@ -36,6 +39,16 @@ class Tracked:
     def on_end(self, _result: Any) -> None:
         """Flush and close."""
         self._tracker.close()
+
+
+def missing_packages(names: Sequence[str]) -> list[UserError]:
+    """One fault for each tracker whose package is not installed."""
+    needed = [(name, getattr(registry.load("trackers", name), "REQUIRES", None)) for name in names]
+    return [
+        UserError(MISSING_PACKAGE, "report_to", name=name, package=package)
+        for name, package in needed
+        if package is not None and find_spec(package) is None
+    ]
 
 
 def trackers_of(names: Sequence[str], run_dir: Path) -> list[Tracked]:
