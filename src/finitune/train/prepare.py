@@ -23,6 +23,7 @@ from finitune.engine.monitor import Monitor
 from finitune.engine.scaler import LossScaler, ScalerSettings
 from finitune.models import precision as precisions
 from finitune.models.freeze import enable_checkpointing, freeze, trainable_parameters
+from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
 from finitune.train import optim, plan
@@ -104,7 +105,7 @@ def _load_model(recipe: Recipe, precision: Any, device: torch.device, checkpoint
 
 
 def _make_trainable(recipe: Recipe, loaded: Loaded, precision: Any, checkpoint: Path | None) -> nn.Module:
-    """Attach adapters or freeze by pattern, and switch checkpointing on."""
+    """Attach adapters or freeze by pattern, take the leaner layers, and switch checkpointing on."""
     model: nn.Module = loaded.model
     if recipe.lora is not None:
         given = recipe.lora
@@ -123,6 +124,7 @@ def _make_trainable(recipe: Recipe, loaded: Loaded, precision: Any, checkpoint: 
             load_adapter(model, checkpoint)
     else:
         freeze(model, recipe.freeze)
+    lean(model)
     if recipe.gradient_checkpointing:
         enable_checkpointing(model, precisions.checkpoint_kwargs(precision))
     return model
