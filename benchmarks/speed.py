@@ -23,6 +23,7 @@ from transformers import AutoConfig, TrainerCallback
 from common import hf_trainer, median_ratio, quiet, report
 from finitune.core.journal import Journal
 from finitune.engine.judge import Judge
+from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Policy
 from finitune.models.load import load, resolve
 from finitune.train.loop import Loop
@@ -165,8 +166,47 @@ def peer_model(kind: str, scratch: Path, prepared: Prepared) -> Any:
     return model
 
 
+class Stopwatch:
+    """Seconds spent inside some methods of a class."""
+
+    def __init__(self, *places: tuple[type, str]) -> None:
+        self.spent_s = 0.0
+        self._places = places
+        self._real = [getattr(owner, name) for owner, name in places]
+
+    def __enter__(self) -> Stopwatch:
+        for (owner, name), real in zip(self._places, self._real, strict=True):
+            setattr(owner, name, self._timed(real))
+        return self
+
+    def _timed(self, real: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                self.spent_s += time.perf_counter() - started
+
+        return timed
+
+    def __exit__(self, *_error: object) -> None:
+        for (owner, name), real in zip(self._places, self._real, strict=True):
+            setattr(owner, name, real)
+
+
+def own_share(loop: Loop, steps: int) -> float:
+    """Share of step time spent inside the monitor's hooks, its summary, and the detectors."""
+    whole = 0.0
+    with Stopwatch((Monitor, "_look"), (Monitor, "stop"), (Judge, "judge")) as watch:
+        for _ in range(steps):
+            started = time.perf_counter()
+            loop.one()
+            whole += time.perf_counter() - started
+    return watch.spent_s / whole
+
+
 def guard_cost(steps: int, scratch: Path) -> list[dict[str, Any]]:
-    """Step time with monitor and detectors over step time without, taking turns."""
+    """What monitor and detectors cost: their own time, and step time with them over step time without."""
     rows = []
     for kind in ("lora", "full"):
         loops = []
@@ -186,6 +226,7 @@ def guard_cost(steps: int, scratch: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "case": kind,
+                "own time": f"{100 * own_share(loops[0], steps // 2):.2f} %",
                 "with guard / without (median)": middle,
                 "least": low,
                 "greatest": high,

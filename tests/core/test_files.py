@@ -105,3 +105,24 @@ def test_every_kind_of_damage_is_named(sealed: Path) -> None:
 def test_a_manifest_cannot_point_outside_its_folder(sealed: Path) -> None:
     files.write_atomic(sealed / "manifest.json", b'{"files": {"../x": {"bytes": 1, "sha256": "0"}}}')
     assert files.verify_manifest(sealed) == ["../x: points outside the folder"]
+
+
+def test_a_full_disk_in_the_words_of_another_library_is_an_os_error(tmp_path: Path) -> None:
+    def write() -> None:
+        with files.atomic_folder(tmp_path / "out"):
+            raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
+    assert caught.value.errno == 28
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_and_folders_have_the_rights_that_the_umask_gives(tmp_path: Path) -> None:
+    files.write_atomic(tmp_path / "file", b"x")
+    (tmp_path / "plain").write_bytes(b"x")
+    with files.atomic_folder(tmp_path / "folder"):
+        pass
+    (tmp_path / "plain folder").mkdir()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "folder").stat().st_mode == (tmp_path / "plain folder").stat().st_mode

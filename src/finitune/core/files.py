@@ -11,8 +11,9 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,25 @@ def fsync_path(path: Path) -> None:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write ``content`` so that ``path`` holds the old bytes or all of the new ones. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    aside = _aside(path)
     try:
-        with os.fdopen(descriptor, "wb") as handle:
+        with aside.open("xb") as handle:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(name)
+            os.unlink(aside)
         raise
     fsync_path(path.parent)
+
+
+def _aside(path: Path, suffix: str = "tmp") -> Path:
+    """A name beside ``path`` that nobody else uses. Not ``tempfile``: its files are private to the user, whatever
+    the umask says.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.{suffix}")
 
 
 def file_digest(path: Path) -> str:
@@ -68,18 +76,33 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     error the new folder is removed and ``target`` stays as it was. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    aside.chmod(0o755)
+    aside = _aside(target)
+    aside.mkdir()
     try:
         yield aside
         for path in aside.rglob("*"):
             fsync_path(path)
         fsync_path(aside)
         _swap_in(aside, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        raise_disk_error(error)
         raise
     fsync_path(target.parent)
+
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def raise_disk_error(error: BaseException) -> None:
+    """Raise OSError where ``error`` is a refusal of the disk in another library's words.
+
+    safetensors and tokenizers are written in Rust and raise exceptions of their own, which end in the system's
+    number: "No space left on device (os error 28)".
+    """
+    number = None if isinstance(error, OSError) else _OS_ERROR.search(str(error))
+    if number is not None:
+        raise OSError(int(number[1]), str(error)) from error
 
 
 def _swap_in(aside: Path, target: Path) -> None:
@@ -87,15 +110,14 @@ def _swap_in(aside: Path, target: Path) -> None:
     if not target.exists():
         os.rename(aside, target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    os.rename(target, old / "was")
+    old = _aside(target, "old")
+    os.rename(target, old)
     try:
         os.rename(aside, target)
     except BaseException:
-        os.rename(old / "was", target)
+        os.rename(old, target)
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
