@@ -319,3 +319,16 @@ def test_a_tracker_without_its_package_is_refused_before_anything_starts(tmp_pat
     with pytest.raises(UserError, match=r"SYS011.*tensorboard"):
         train_run(tiny_recipe(tmp_path, "max_steps=2", "report_to=[tensorboard]"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_found_and_changes_nothing(tmp_path: Path) -> None:
+    session = open_run(tiny_recipe(tmp_path, "max_steps=3"))
+    module = session.prepared.port.parts.model.get_submodule("model.layers.0.mlp.down_proj")
+    handle = module.register_forward_hook(
+        lambda _m, _a, out: None if torch.is_grad_enabled() else torch.full_like(out, float("nan"))
+    )
+    result = session.run()
+    handle.remove()
+    assert (result.status, result.updates) == ("finished", 3)
+    assert result.findings["NUM102"] == 2
+    assert all(bool(torch.isfinite(t).all()) for _, t in session.prepared.port.state_tensors())

@@ -57,6 +57,27 @@ STATE_NOT_FINITE = Code(
     ),
 )
 
+EVAL_NOT_FINITE = Code(
+    "NUM102",
+    Severity.WARNING,
+    Text(
+        "the held-out loss is not finite",
+        "The held-out loss is {loss} after {step} steps ({num_rows} rows).",
+        "Evaluation changes nothing, but a model that cannot be evaluated in this precision will soon not train in it: "
+        "an activation overflowed, or a held-out row is broken.",
+        (
+            "with fp16: use precision: bf16 or precision: fp32",
+            "if training losses are normal: look at the held-out rows",
+        ),
+    ),
+    Text(
+        "留出损失不是有限值",
+        "第 {step} 步之后的留出损失为 {loss}（{num_rows} 行）。",
+        "评估不会改变任何东西，但在这种精度下无法评估的模型很快也无法训练：某个激活溢出，或某条留出数据有问题。",
+        ("使用 fp16 时：改用 precision: bf16 或 precision: fp32", "若训练损失正常：检查留出的数据行"),
+    ),
+)
+
 NOTHING_LEARNT = Code(
     "OPT100",
     Severity.ERROR,
@@ -297,6 +318,7 @@ MISSING_PACKAGE = Code(
 CODES = (
     TOO_MANY_ABORTS,
     STATE_NOT_FINITE,
+    EVAL_NOT_FINITE,
     NOTHING_LEARNT,
     SAVE_FAILED,
     FINAL_SAVE_FAILED,

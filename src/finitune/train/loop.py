@@ -58,6 +58,8 @@ class Loop:
     stop_requested: Callable[[], bool] = field(default=lambda: False)
     counts: Counter[str] = field(default_factory=Counter)
     """How often each code was found in a step."""
+    step_time_s: float = 0.0
+    """Seconds spent in steps, without evaluation, sampling and saving."""
 
     def run(self) -> bool:
         """Train to the end; True if finished, False if asked to stop. Raises Halted."""
@@ -80,6 +82,7 @@ class Loop:
         scale_left = state.scaler is not None and not state.scaler.exhausted
         action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=scale_left)
         time_s = port.elapsed_s()
+        self.step_time_s += time_s
         self._record(outcome, action, time_s)
         self._consequence(outcome, action)
         event = StepEvent(

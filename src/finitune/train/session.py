@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from finitune.core.errors import Halted
 from finitune.core.files import write_atomic
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
-from finitune.engine.codes import FINAL_SAVE_FAILED, INTERRUPTED
+from finitune.engine.codes import EVAL_NOT_FINITE, FINAL_SAVE_FAILED, INTERRUPTED
 from finitune.engine.judge import Judge
 from finitune.engine.policy import Policy
 from finitune.models.save import save_model
@@ -90,11 +91,10 @@ class Session:
             stop_requested=stop,
             counts=self.counts,
         )
-        began_s = time.perf_counter()
         try:
             return loop.run()
         finally:
-            self.train_time_s = time.perf_counter() - began_s
+            self.train_time_s = loop.step_time_s
             for finding in self.observers.failures:
                 self._found(finding)
 
@@ -137,6 +137,8 @@ class Session:
             self.journal, "eval", step=step, loss=event.loss, supervised_tokens=event.supervised_tokens, rows=event.rows
         )
         self.observers.tell("eval", event)
+        if not math.isfinite(event.loss):
+            self._found(EVAL_NOT_FINITE.find("", loss=event.loss, step=step, num_rows=event.rows))
 
     def _sample(self, step: int) -> None:
         self.sampler.ask(step)
