@@ -226,7 +226,7 @@ def guard_cost(steps: int, scratch: Path) -> list[dict[str, Any]]:
         rows.append(
             {
                 "case": kind,
-                "own time": f"{100 * own_share(loops[0], steps // 2):.2f} %",
+                "own time": f"{100 * own_share(loops[0], steps):.2f} %",
                 "with guard / without (median)": middle,
                 "least": low,
                 "greatest": high,

@@ -332,3 +332,11 @@ def test_a_held_out_loss_that_is_not_finite_is_found_and_changes_nothing(tmp_pat
     assert (result.status, result.updates) == ("finished", 3)
     assert result.findings["NUM102"] == 2
     assert all(bool(torch.isfinite(t).all()) for _, t in session.prepared.port.state_tensors())
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_copies_of_one_row_train_without_a_held_out_part(tmp_path: Path, count: int) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * count)
+    result = train_run(tiny_recipe(tmp_path, "max_steps=2"))
+    assert (result.status, result.eval_after) == ("finished", None)

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from finitune.cli.codes import BAD_USAGE
 from finitune.cli.places import model_of
 from finitune.cli.render import Raw
 from finitune.cli.session import Outcome, Session
-from finitune.core.errors import Exit, UserError
+from finitune.core.errors import Exit
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding
 from finitune.report.words import finding_text
@@ -54,26 +53,12 @@ def chat(
 def _speaker(path: str, device: str, sampling: dict[str, Any]) -> Speaker:
     """Load the model; the function that lets it answer."""
     from finitune.models.chat import stream
+    from finitune.models.device import pick_device
     from finitune.models.opening import load_any
 
     place = pick_device(device)
-    loaded = load_any(path, device=place)
+    loaded = load_any(path, device=str(place))
     return lambda messages: stream(loaded.model, loaded.tokenizer, messages, device=place, **sampling)
-
-
-def pick_device(name: str) -> str:
-    """A device that works; ``auto`` is the accelerator if there is one. Raises UserError for any other."""
-    import torch
-
-    if name == "auto":
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return str(accelerator or "cpu")
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        problem = text("cli.chat.no_device", name=name, problem=str(error).splitlines()[0])
-        raise UserError(BAD_USAGE, "--device", problem=problem, command="finitune chat") from error
-    return name
 
 
 @dataclass(frozen=True, slots=True)

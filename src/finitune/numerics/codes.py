@@ -166,7 +166,25 @@ WEIGHTS_NOT_AS_REQUESTED = Code(
     ),
 )
 
+DEVICE_UNUSABLE = Code(
+    "MOD104",
+    Severity.ERROR,
+    Text(
+        "the device cannot be used",
+        "The device {device} does not work here: {problem}",
+        "Either torch was built without it, or the driver or the hardware is missing.",
+        ("use device: auto, which takes an accelerator where there is one", "`finitune env` lists the devices found"),
+    ),
+    Text(
+        "设备不可用",
+        "设备 {device} 在这里不可用：{problem}",
+        "torch 未包含对它的支持，或缺少驱动或硬件。",
+        ("使用 device: auto，有加速器时会自动选用", "`finitune env` 会列出找到的设备"),
+    ),
+)
+
 CODES = (
+    DEVICE_UNUSABLE,
     UNKNOWN_PRECISION,
     PURE_FP16,
     DEVICE_CANNOT,

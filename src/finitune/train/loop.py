@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from finitune.core.errors import Halted
@@ -99,7 +99,7 @@ class Loop:
         self.counts.update(f.code for f in judgement.findings)
         self._write(
             "step",
-            **reading.to_json() | {"time_s": round(time_s, 4)},
+            **reading.to_json() | {"time_s": round(time_s, 4), "amax": loudest(reading.amax)},
             verdict=judgement.verdict.value,
             action=action.value,
             rows=[str(r) for r in outcome.rows],
@@ -149,6 +149,12 @@ class Loop:
 
     def _write(self, kind: str, **record: object) -> None:
         record_or_halt(self.journal, kind, **record)
+
+
+def loudest(amax: Mapping[str, float], count: int = 3) -> dict[str, float]:
+    """The modules with the largest magnitudes, non-finite ones first: all of them would be most of the journal."""
+    names = sorted(amax, key=lambda n: (math.isfinite(amax[n]), -amax[n] if math.isfinite(amax[n]) else 0.0))
+    return {name: amax[name] for name in names[:count]}
 
 
 def record_or_halt(journal: Journal, kind: str, **record: object) -> None:

@@ -22,6 +22,7 @@ from finitune.engine.codes import MEMORY_SHORT
 from finitune.engine.monitor import Monitor
 from finitune.engine.scaler import LossScaler, ScalerSettings
 from finitune.models import precision as precisions
+from finitune.models.device import pick_device
 from finitune.models.freeze import enable_checkpointing, freeze, trainable_parameters
 from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
@@ -34,6 +35,9 @@ from finitune.train.schedule import SCHEDULES, Shape
 from finitune.train.state import RunState
 from finitune.train.step import Parts, TrainPort
 from finitune.train.trackers_of import missing_packages
+
+# Where products are not fp16 the ranges are for the record: nothing overflows before the gradient norm tells.
+_LOOK_EVERY_STEPS = 8
 
 
 @dataclass(slots=True)
@@ -49,14 +53,6 @@ class Prepared:
     device: torch.device
     precision: str
     data_digest: str
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``: the first accelerator torch can use, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator if accelerator is not None else torch.device("cpu")
 
 
 def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
@@ -151,7 +147,9 @@ def _load_data(recipe: Recipe, loaded: Loaded) -> tuple[Dataset, Dataset]:
         config = _data_config(recipe, loaded, data.max_eval_rows)
         return whole, load_dataset(_as_list(data.eval), loaded.tokenizer, config)
     wanted = min(data.max_eval_rows, math.ceil(len(whole) * data.eval_fraction), len(whole) - 1)
-    return split(whole, eval_rows=wanted, seed=recipe.seed) if wanted > 0 else (whole, Dataset(()))
+    # Copies of one row stay on one side; where all rows are copies there is nothing to hold out.
+    divisible = len({row.id.digest for row in whole.rows}) > 1
+    return split(whole, eval_rows=wanted, seed=recipe.seed) if wanted > 0 and divisible else (whole, Dataset(()))
 
 
 def _as_list(paths: str | list[str]) -> list[str]:
@@ -258,6 +256,7 @@ def _parts(
         strategy=strategy,
         context=lambda: precisions.compute_context(precision, device),
         monitor=Monitor([*loaded.family.layers(model), *watch], watch) if watched else None,
+        look_every_steps=1 if precision.products == torch.float16 else _LOOK_EVERY_STEPS,
         half_max=precision.half_max,
         additive_mask=recipe.model.attn_implementation == "eager",
         seed=recipe.seed,

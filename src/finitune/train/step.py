@@ -48,6 +48,8 @@ class Parts:
     strategy: Strategy
     context: Callable[[], AbstractContextManager[Any]]
     monitor: Monitor | None
+    look_every_steps: int
+    """The monitor looks at steps 1, 1 + n, ...: always in fp16, now and then where activations cannot overflow."""
     half_max: float | None
     additive_mask: bool
     """Eager attention adds its mask to the scores: packed batches then need numbers instead of booleans."""
@@ -90,10 +92,11 @@ class TrainPort:
         num_supervised = parts.strategy.sum_tokens(sum(b.num_supervised for b in batches))
         factor = (scale or 1.0) / max(1, num_supervised)
         parts.model.train()
-        if parts.monitor is not None:
-            parts.monitor.start()
+        looking = parts.monitor if self.state.step % parts.look_every_steps == 0 else None
+        if looking is not None:
+            looking.start()
         loss_sum = self._accumulate(batches, factor)
-        names, ranges_M2 = parts.monitor.stop() if parts.monitor is not None else ([], None)
+        names, ranges_M2 = looking.stop() if looking is not None else ([], None)
         gradients = [(n, p.grad) for n, p in parts.parameters if p.grad is not None]
         return Trace(
             step=self.state.step + 1,

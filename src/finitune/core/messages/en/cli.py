@@ -46,7 +46,6 @@ TEXTS = {
     "cli.chat.top_p": "Sample from the likeliest tokens that hold this share of probability.",
     "cli.chat.seed": "Seed of the sampling.",
     "cli.chat.device": "Device: auto, cpu, cuda, ...",
-    "cli.chat.no_device": "no device {name} works here: {problem}",
     "cli.chat.welcome": "Talking to {path}. /reset forgets, /exit leaves.",
     "cli.chat.forgotten": "(forgotten)",
     "cli.chat.commands": "(commands: /reset, /exit)",

@@ -44,7 +44,6 @@ TEXTS = {
     "cli.chat.top_p": "从累计概率达到该值的最可能词元中采样。",
     "cli.chat.seed": "采样的随机种子。",
     "cli.chat.device": "设备：auto、cpu、cuda 等。",
-    "cli.chat.no_device": "设备 {name} 在这里不可用：{problem}",
     "cli.chat.welcome": "正在与 {path} 对话。/reset 清空，/exit 退出。",
     "cli.chat.forgotten": "（已清空）",
     "cli.chat.commands": "（命令：/reset、/exit）",
