@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
+from finitune.numerics import codes_determinism
 
 UNKNOWN_PRECISION = Code(
     "CFG200",
@@ -193,4 +194,5 @@ CODES = (
     LOST_UPDATES,
     NOT_AS_REQUESTED,
     WEIGHTS_NOT_AS_REQUESTED,
+    *codes_determinism.CODES,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
-from finitune.train import codes_conflicts
+from finitune.train import codes_conflicts, codes_journal, codes_resume, codes_runs
 
 _FIELDS = "`finitune recipes show --fields` lists every key with its type, default and meaning."
 _FIELDS_ZH = "`finitune recipes show --fields` 会列出所有键及其类型、默认值和含义。"
@@ -191,4 +191,7 @@ CODES = (
     DUPLICATE_KEY,
     BAD_OVERRIDE,
     *codes_conflicts.CODES,
+    *codes_journal.CODES,
+    *codes_resume.CODES,
+    *codes_runs.CODES,
 )
