@@ -26,7 +26,7 @@ from finitune.train.prepare import Prepared, prepare
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_io import load_recipe, to_yaml
 from finitune.train.result import RunResult
-from finitune.train.session import Session
+from finitune.train.session import Session, Start
 from finitune.train.trackers_of import trackers_of
 
 
@@ -73,7 +73,7 @@ def open_run(
         write_atomic(run_dir / folder.RECIPE_FILE, stored.encode())
     journal = Journal(run_dir / folder.JOURNAL_FILE)
     everyone = Observers([*observers, *trackers_of(recipe.report_to, run_dir)])
-    return Session(run_dir, prepared, journal, everyone, started_s, point)
+    return Session(run_dir, prepared, journal, everyone, Start(started_s, resume is not None, point))
 
 
 def _place(recipe: Recipe | None, resume: str | None, name: str) -> tuple[Path, Recipe, Path | None, list[Finding]]:

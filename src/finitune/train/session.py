@@ -6,7 +6,10 @@ import json
 import math
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from finitune.core.errors import Halted
 from finitune.core.files import write_atomic
@@ -26,20 +29,30 @@ from finitune.train.sampling import Sampler
 from finitune.train.signals import StopRequest, listening
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where a session begins."""
+
+    started_s: float
+    """``time.perf_counter()`` when the run was asked for."""
+    resumed: bool = False
+    """The folder held this run before; without ``point`` it begins again at step 0."""
+    point: Path | None = None
+    """The checkpoint the run goes on from."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What a later resume compares itself with: recipe, data, versions, device. Goes into journal and checkpoints."""
+    close: Callable[[], None] = field(default=lambda: None)
+    """Called once when the run is over: gives the run's lock back."""
+
+
 class Session:
     """One run from its first journal line to its summary."""
 
     def __init__(
-        self,
-        run_dir: Path,
-        prepared: Prepared,
-        journal: Journal,
-        observers: Observers,
-        started_s: float,
-        point: Path | None,
+        self, run_dir: Path, prepared: Prepared, journal: Journal, observers: Observers, start: Start
     ) -> None:
         self.run_dir, self.prepared, self.journal, self.observers = run_dir, prepared, journal, observers
-        self.started_s, self.point = started_s, point
+        self.start, self.point, self.started_s = start, start.point, start.started_s
         self.counts: Counter[str] = Counter()
         self.evals: list[EvalEvent] = []
         self.samples: list[SampleEvent] = []
@@ -70,6 +83,7 @@ class Session:
             monitor.close()
         result = self._sum_up(status, halted)
         self.journal.close()
+        self.start.close()
         return result
 
     def _train(self, stop: StopRequest) -> bool:
@@ -192,7 +206,7 @@ class Session:
         plan = self.prepared.plan
         record_or_halt(
             self.journal,
-            "start" if self.point is None else "resume",
+            "resume" if self.start.resumed else "start",
             step=self.prepared.port.state.step,
             checkpoint=self.point.name if self.point else None,
             total_steps=plan.total_steps,
@@ -200,7 +214,7 @@ class Session:
             versions=versions(),
             device=str(self.prepared.device),
             derived={d.name: d.value for d in plan.derived},
-            facts=dict(plan.facts),
+            facts={**plan.facts, **self.start.facts},
         )
 
     def _sum_up(self, status: str, halted: str | None) -> RunResult:
