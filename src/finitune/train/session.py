@@ -57,7 +57,7 @@ class Session:
         self.evals: list[EvalEvent] = []
         self.samples: list[SampleEvent] = []
         self.train_time_s = 0.0
-        self.last_saved: Path | None = point
+        self.last_saved: Path | None = start.point
         port = prepared.port
         self.sampler = Sampler(port.parts, prepared.tokenizer, prepared.recipe.sample, self._sampled)
         observers.tell("plan", prepared.plan)
