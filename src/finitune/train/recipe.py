@@ -151,6 +151,36 @@ class GuardSection(_Section):
     detectors: dict[str, dict[str, Any] | bool] = Field(
         default_factory=dict, description="Settings by detector name; false switches a detector off."
     )
+    trust_steps: Count = Field(
+        default=40,
+        description="A checkpoint is trusted after so many clean steps; more than any detector needs to see a fault.",
+    )
+    deterministic: bool = Field(
+        default=True, description="Ask for deterministic kernels where the device has them; what is not is reported."
+    )
+    repeat_check: bool = Field(
+        default=True, description="Compute the first step twice and say if it does not repeat bit for bit."
+    )
+
+
+class SnapshotSection(_Section):
+    """States kept in memory, to return to any step."""
+
+    memory_share: OpenShare = Field(
+        default=0.25, description="Share of the memory free at the start that snapshots may take; 0 keeps none."
+    )
+    max_count: Annotated[Whole, Field(ge=1, le=1024)] = Field(
+        default=8, description="Snapshots kept at most; older ones stand further and further apart."
+    )
+    cost_share: Annotated[Real, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.01, description="Share of the training time that taking snapshots may cost; sets their distance."
+    )
+    shadow: bool = Field(
+        default=False, description="Keep the state before the last step as well, copied before every step."
+    )
+    digest_steps: Count = Field(
+        default=50, description="Write the state's digest into the journal every so many steps."
+    )
 
 
 class ScalerSection(_Section):
@@ -264,11 +294,26 @@ class Recipe(_Section):
     save_total_limit: Annotated[Whole, Field(ge=1, le=10000)] = Field(
         default=2, description="Checkpoints kept; the last trusted one is never removed."
     )
+    save_keep_every_steps: Count | None = Field(
+        default=None, description="Keep the checkpoints of every so many steps for good, beyond save_total_limit."
+    )
+    save_keep_best: bool = Field(
+        default=False, description="Keep the checkpoint with the lowest held-out loss, beyond save_total_limit."
+    )
+    save_in_background: bool = Field(
+        default=True, description="Training goes on while a checkpoint is written; it needs memory for a copy."
+    )
+    journal_parquet: bool = Field(
+        default=False, description="Write the journal's steps as a parquet table too when the run is over."
+    )
     report_to: Annotated[list[Text], BeforeValidator(_as_list)] = Field(
         default_factory=list, description="Trackers that get the numbers."
     )
     sample: SampleSection = Field(default_factory=SampleSection, description="Answers of the model during training.")
     guard: GuardSection = Field(default_factory=GuardSection, description="How the run is kept finite.")
+    snapshots: SnapshotSection = Field(
+        default_factory=SnapshotSection, description="States kept in memory, to return to any step."
+    )
     scaler: ScalerSection = Field(
         default_factory=ScalerSection, description="Dynamic loss scaling, used with fp16 only."
     )
