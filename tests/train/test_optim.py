@@ -85,7 +85,7 @@ def test_moments_leave_and_return_bit_for_bit() -> None:
     assert {k.rpartition("|")[2] for k in saved} == {"exp_avg", "exp_avg_sq", "step"}
     second.load_state_dict(first.state_dict())
     b = optim.build(list(second.named_parameters()), settings("adamw_torch_fused"))
-    optim.load_moments(b, list(second.named_parameters()), saved)
+    optim.restore_moments(b, list(second.named_parameters()), saved)
     for net, optimizer in ((first, a), (second, b)):
         give_gradients(net, seed=9)
         optim.apply(optimizer, lr=1e-2, factor=1.0)
@@ -96,4 +96,4 @@ def test_moments_of_a_foreign_model_are_refused() -> None:
     net = model()
     optimizer = optim.build(list(net.named_parameters()), settings("adamw_torch"))
     with pytest.raises(KeyError):
-        optim.load_moments(optimizer, list(net.named_parameters()), {"elsewhere|exp_avg": torch.zeros(1)})
+        optim.restore_moments(optimizer, list(net.named_parameters()), {"elsewhere|exp_avg": torch.zeros(1)})

@@ -183,7 +183,7 @@ def full_disk(*_args: object, **_kw: object) -> None:
 
 
 def test_a_full_disk_at_a_checkpoint_is_a_finding_and_the_run_goes_on(tmp_path: Path, monkeypatch) -> None:
-    session = open_run(tiny_recipe(tmp_path, "max_steps=6", "save_steps=2"))
+    session = open_run(tiny_recipe(tmp_path, "max_steps=6", "save_steps=2", "save_in_background=false"))
     real = checkpoint.save_file
     calls: list[int] = []
 
@@ -195,9 +195,9 @@ def test_a_full_disk_at_a_checkpoint_is_a_finding_and_the_run_goes_on(tmp_path: 
 
     monkeypatch.setattr(checkpoint, "save_file", once_full)
     result = session.run()
-    assert (result.status, result.findings["SYS001"]) == ("finished", 1)
+    assert (result.status, result.findings["SYS015"]) == ("finished", 1)
     run = tmp_path / "run"
-    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-6"]
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-5", "checkpoint-6"]
     assert all(verify_manifest(p) == [] for p in run.glob("checkpoint-*"))
 
 
@@ -271,9 +271,11 @@ def test_an_observer_that_raises_is_named_and_left_out(tmp_path: Path) -> None:
     assert (result.status, result.findings["SYS009"]) == ("finished", 1)
 
 
-def test_old_checkpoints_make_room_but_the_newest_stays(tmp_path: Path) -> None:
-    train_run(tiny_recipe(tmp_path, "max_steps=8", "save_steps=2", "save_total_limit=1"))
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
+def test_old_checkpoints_make_room_but_the_newest_and_the_trusted_stay(tmp_path: Path) -> None:
+    """Trusted after 3 clean steps: at step 8 that is the one of step 4; 6 waits, 8 is the newest."""
+    train_run(tiny_recipe(tmp_path, "max_steps=8", "save_steps=2", "save_total_limit=1", "guard.trust_steps=3"))
+    left = {p.name: checkpoint.is_trusted(p) for p in (tmp_path / "run").glob("checkpoint-*")}
+    assert left == {"checkpoint-4": True, "checkpoint-6": False, "checkpoint-8": False}
 
 
 def test_numbers_reach_a_tracker(tmp_path: Path) -> None:

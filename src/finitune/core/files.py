@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return record
 
 
-def verify_manifest(folder: Path) -> list[str]:
+def verify_manifest(folder: Path, beside: Collection[str] = ()) -> list[str]:  # noqa: ARG001
     """What is wrong with ``folder``, one sentence a file; empty when all sizes and digests agree."""
     try:
         files = read_manifest(folder)["files"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
+from finitune.engine import codes_time
 
 TOO_MANY_ABORTS = Code(
     "NUM100",
@@ -331,4 +332,5 @@ CODES = (
     OBSERVER_FAILED,
     JOURNAL_LOST,
     MISSING_PACKAGE,
+    *codes_time.CODES,
 )

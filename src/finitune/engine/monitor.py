@@ -27,9 +27,14 @@ class Monitor:
 
     def __init__(self, outputs: Sequence[tuple[str, nn.Module]], inputs: Sequence[tuple[str, nn.Module]] = ()) -> None:
         self.active = False
+        self._outputs, self._inputs = outputs, inputs
         self._seen: dict[str, list[torch.Tensor]] = {}
-        self._handles = [m.register_forward_hook(self._output_hook(name)) for name, m in outputs]
-        self._handles += [m.register_forward_pre_hook(self._input_hook(f"{name}.input")) for name, m in inputs]
+        self._handles: list[Any] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        self._handles += [m.register_forward_hook(self._output_hook(name)) for name, m in self._outputs]
+        self._handles += [m.register_forward_pre_hook(self._input_hook(f"{name}.input")) for name, m in self._inputs]
 
     def _output_hook(self, name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -50,7 +55,9 @@ class Monitor:
             self._seen.setdefault(name, []).extend(torch.aminmax(tensor.detach()))
 
     def start(self) -> None:
-        """Begin a step: forget what was seen, look from now on."""
+        """Begin a step: forget what was seen, look from now on. After :meth:`close` the hooks come back."""
+        if not self._handles:
+            self._attach()
         self._seen.clear()
         self.active = True
 

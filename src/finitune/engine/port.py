@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from finitune.core.types import Reading, RowId
+from finitune.engine.policy import Action
 
 
 class Capability(str, Enum):
@@ -53,7 +54,7 @@ class Trace:
 
 
 class Port(Protocol):
-    """What a trainer offers. Only ``commit`` may change the training state."""
+    """What a trainer offers. Only ``commit``, ``settle`` and ``restore`` may change the training state."""
 
     def capabilities(self) -> frozenset[Capability]:
         """Which of the guard's actions this trainer supports."""
@@ -71,8 +72,11 @@ class Port(Protocol):
         """Drop the gradients: everything is bit for bit as before ``forward_backward``."""
         ...
 
-    def skip_batch(self) -> None:
-        """Move the cursor past the current batch; nothing else changes."""
+    def settle(self, action: Action, reading: Reading, *, clean: bool) -> None:
+        """Carry out what was decided after the verdict: retry at a smaller scale, or move past the batch.
+
+        Called once for every transaction. ``clean``: it was committed and nothing worth a warning was found.
+        """
         ...
 
     def state_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
@@ -80,5 +84,16 @@ class Port(Protocol):
         ...
 
     def state_record(self) -> dict[str, Any]:
-        """The rest of the training state, JSON-able: scaler, schedule, cursor, statistics."""
+        """The rest of the training state, JSON-able: scaler, schedule, cursor, statistics.
+
+        Its ``"step"`` counts batches used up, its ``"attempt"`` transactions; both of the line that led here.
+        """
+        ...
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+        """Make ``tensors`` and ``record`` the training state, bit for bit; gradients are dropped.
+
+        A moment that is not among the tensors did not exist yet and is removed. Raises KeyError for a tensor that
+        this model does not have or lacks, ValueError for another shape or dtype.
+        """
         ...

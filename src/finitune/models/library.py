@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, no log lines below errors and no FutureWarning inside; all are restored."""
+    """No progress bars, no log lines below errors and no FutureWarning inside; all are restored.
+
+    Warning filters belong to the whole process: outside the main thread they are left alone.
+    """
     from transformers.utils import logging as untyped
 
     logging: Any = untyped
@@ -19,9 +23,12 @@ def quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        if threading.current_thread() is not threading.main_thread():
             yield
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)
+                yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

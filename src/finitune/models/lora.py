@@ -205,11 +205,11 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     set_peft_model_state_dict(model, state)
 
 
-def adapter_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that an adapter folder of this model holds, by their names there."""
+def adapter_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors that an adapter folder of this model holds, by their names there; ``state`` stands for its own."""
     from peft import get_peft_model_state_dict
 
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+    return dict(get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False))
 
 
 def _read_adapter(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +41,39 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path, *, family: Family
     return folder
 
 
-def write_model(model: nn.Module, tokenizer: Any, folder: Path, *, family: Family, layout: str = HF) -> None:
-    """The same into an existing folder, for callers that put more beside it. Raises as :func:`save_model`."""
+def write_model(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    family: Family,
+    layout: str = HF,
+    weights: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """The same into an existing folder, for callers that put more beside it. Raises as :func:`save_model`.
+
+    ``weights`` are written in place of the model's own parameters of these names: a copy of what trains, while
+    training goes on.
+    """
     _check_layout(model, family, layout)
-    refuse_non_finite(model, str(folder))
+    state = None if weights is None else _with(model, weights)
+    refuse_non_finite(model, str(folder), state)
     with quiet():
         if is_adapter(model):
             # PEFT's default asks the hub whether the vocabulary was changed; it never is here.
-            model.save_pretrained(folder, save_embedding_layers=False)  # type: ignore[operator]
+            model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)  # type: ignore[operator]
         elif layout == HF:
-            model.save_pretrained(folder)  # type: ignore[operator]
+            model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
         else:
             _write_original(model, folder, family)
     write_tokenizer(tokenizer, folder)
+
+
+def _with(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's state dict with ``weights`` in place of its parameters; tied names get the same tensor."""
+    # An address alone is not enough: a parameter may be a view of the start of another.
+    places = {(p.data_ptr(), p.shape): weights[name] for name, p in model.named_parameters() if name in weights}
+    return {name: places.get((t.data_ptr(), t.shape), t) for name, t in model.state_dict().items()}
 
 
 def layouts(family: Family) -> tuple[str, ...]:
@@ -67,17 +87,19 @@ def _check_layout(model: nn.Module, family: Family, layout: str) -> None:
         raise UserError(UNKNOWN_LAYOUT, "layout", layout=layout, family=family.name, possible=", ".join(possible))
 
 
-def _saved(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def _saved(model: nn.Module, state: dict[str, torch.Tensor] | None) -> Iterator[tuple[str, torch.Tensor]]:
     """What a save would write: an adapter's own tensors, or all parameters of a whole model."""
-    if not is_adapter(model):
+    if is_adapter(model):
+        yield from adapter_state(model, state).items()
+    elif state is not None:
+        yield from state.items()
+    else:
         yield from model.named_parameters()
-        return
-    yield from adapter_state(model).items()
 
 
-def refuse_non_finite(model: nn.Module, where: str) -> None:
+def refuse_non_finite(model: nn.Module, where: str, state: dict[str, torch.Tensor] | None = None) -> None:
     """Raise UserError MOD031 where a tensor that would be saved holds NaN or inf."""
-    tensors = [(n, t.detach()) for n, t in _saved(model) if t.is_floating_point() and t.numel()]
+    tensors = [(n, t.detach()) for n, t in _saved(model, state) if t.is_floating_point() and t.numel()]
     extremes = [torch.stack(t.aminmax()).float() for _, t in tensors]
     finite = torch.isfinite(torch.stack(extremes)).all(dim=1).tolist() if extremes else []
     bad = [name for (name, _), good in zip(tensors, finite, strict=True) if not good]

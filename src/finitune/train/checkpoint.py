@@ -4,70 +4,127 @@
       adapter_model.safetensors | model.safetensors   loadable by peft / transformers as it stands
       optimizer.safetensors                            moments, named <parameter>|<slot>
       state.json                                       cursor, schedule, scaler, statistics
-      manifest.json                                    size and SHA-256 of every file above
+      manifest.json                                    size and SHA-256 of every file above, and what the run was
+      trusted.json                                     once enough clean steps have followed
 
-A state with a non-finite weight or moment is refused. The folder is written aside, flushed and renamed;
-a save that fails leaves nothing behind and touches nothing that was there. Nothing here needs unpickling.
+A state with a non-finite weight or moment is refused. The folder is written aside, flushed and renamed; a save that
+fails leaves nothing behind and touches nothing that was there. Nothing here needs unpickling. A checkpoint is a
+*candidate* until it is *trusted*: a fault that is already in the state may need some steps to be seen.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from finitune.core import journal
 from finitune.core.errors import Halted
-from finitune.core.files import atomic_folder, read_manifest, verify_manifest, write_manifest
+from finitune.core.files import atomic_folder, file_digest, read_manifest, verify_manifest, write_atomic, write_manifest
 from finitune.core.journal import encode
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
 from finitune.engine.codes import CHECKPOINT_BAD, SAVE_FAILED, STATE_NOT_FINITE
+from finitune.engine.line import line_of
+from finitune.engine.port import Port
 from finitune.models.save import write_model
+from finitune.numerics.fingerprint import fingerprint
 from finitune.numerics.norms import bad_names, tensor_norms
 from finitune.train import optim
-from finitune.train.step import TrainPort
+from finitune.train.step import Parts, TrainPort
+from finitune.train.stored import stored_weights
 
 PREFIX = "checkpoint-"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+TRUSTED_FILE = "trusted.json"
+MANIFEST_FILE = "manifest.json"
+_JOURNAL_FILE = "journal.jsonl"
 
 
-def refuse_non_finite(port: TrainPort, run: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a checkpoint is made of."""
+
+    tensors: Mapping[str, torch.Tensor]
+    """Trainable weights and moments by name, as :meth:`TrainPort.state_tensors` gives them."""
+    record: Mapping[str, Any]
+    line: int = 0
+    """How often the run had gone back when it was written."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Batches used up."""
+        return int(self.record["step"])
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes on the disk."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+
+def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], run: str, step: int) -> None:
     """Raise Halted where a weight or moment of the state is not finite."""
-    named = list(port.state_tensors())
+    named = list(tensors)
     bad = bad_names([n for n, _ in named], tensor_norms([t for _, t in named]))
     if bad:
-        raise Halted(STATE_NOT_FINITE, run, count=len(bad), first=bad[0], step=port.state.step, run=run)
+        raise Halted(STATE_NOT_FINITE, run, count=len(bad), first=bad[0], step=step, run=run)
 
 
-def save(port: TrainPort, tokenizer: Any, run_dir: Path) -> Path | Finding:
-    """Write ``checkpoint-<step>``; its path, or a Finding where the disk refused. Raises Halted (non-finite)."""
-    refuse_non_finite(port, str(run_dir))
-    target = run_dir / f"{PREFIX}{port.state.step}"
-    named = optim.moments(port.parts.optimizer, port.parts.parameters)
-    tensors = {key: value.detach().to("cpu").contiguous() for key, value in named}
-    try:
-        with atomic_folder(target) as folder:
-            write_model(port.parts.model, tokenizer, folder, family=port.parts.family)
-            save_file(tensors, str(folder / OPTIMIZER_FILE))
-            record = json.dumps(encode(port.state_record()), indent=1, allow_nan=False)
-            (folder / STATE_FILE).write_text(record, encoding="utf-8")
-            write_manifest(folder, {"step": port.state.step, "updates": port.state.updates})
-    except OSError as error:
-        return save_failure(target, error, sum(t.nbytes for _, t in port.state_tensors()))
+def write(content: Content, parts: Parts, tokenizer: Any, run_dir: Path) -> Path:
+    """Write ``checkpoint-<step>``; its path. May run in a thread of its own.
+
+    One that stands there already with the same state is left as it is. Raises Halted (non-finite), OSError (disk).
+    """
+    refuse_non_finite(content.tensors.items(), str(run_dir), content.step)
+    target = run_dir / f"{PREFIX}{content.step}"
+    digest = fingerprint(content.tensors.items(), content.record).digest
+    if _holds(target, digest, content.line):
+        return target
+    if not run_dir.is_dir():
+        raise FileNotFoundError(2, "the run folder has vanished", str(run_dir))
+    trained = dict(parts.parameters)
+    weights = {n: t for n, t in content.tensors.items() if n in trained}
+    moments = {n: t.detach().to("cpu").contiguous() for n, t in content.tensors.items() if n not in trained}
+    with atomic_folder(target) as folder:
+        write_model(parts.model, tokenizer, folder, family=parts.family, weights=weights)
+        save_file(moments, str(folder / OPTIMIZER_FILE))
+        text = json.dumps(encode(content.record), indent=1, allow_nan=False)
+        (folder / STATE_FILE).write_text(text, encoding="utf-8")
+        counters = {key: content.record[key] for key in ("step", "updates", "attempt")}
+        write_manifest(
+            folder, {**counters, "line": content.line, "state_digest": digest, "facts": encode(content.facts)}
+        )
     return target
+
+
+def _holds(folder: Path, digest: str, line: int) -> bool:
+    """Whether this very state stands there, whole."""
+    if not folder.is_dir() or verify_manifest(folder, beside=(TRUSTED_FILE,)):
+        return False
+    manifest = read_manifest(folder)
+    return bool(manifest.get("state_digest") == digest and manifest.get("line") == line)
 
 
 def save_failure(target: Path, error: OSError, needed_bytes: int) -> Finding:
     """The Finding of a save that the disk refused."""
+    needed = bytes_text(needed_bytes)
+    return SAVE_FAILED.find(str(target), path=str(target), error=str(error), free=free_text(target), needed=needed)
+
+
+def free_text(target: Path) -> str:
+    """Free space where ``target`` would stand."""
     try:
-        free = bytes_text(shutil.disk_usage(target.parent).free)
+        return bytes_text(shutil.disk_usage(target.parent).free)
     except OSError:
-        free = "?"
-    return SAVE_FAILED.find(str(target), path=str(target), error=str(error), free=free, needed=bytes_text(needed_bytes))
+        return "?"
 
 
 def listed(run_dir: Path) -> list[Path]:
@@ -76,15 +133,43 @@ def listed(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]), reverse=True)
 
 
+def faults_of(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one sentence each; empty for a good one."""
+    faults = verify_manifest(folder, beside=(TRUSTED_FILE,))
+    if faults:
+        return faults
+    manifest = read_manifest(folder)
+    missing = [f for f in (OPTIMIZER_FILE, STATE_FILE) if f not in manifest["files"]]
+    named, written = folder.name[len(PREFIX) :], manifest.get("step")
+    if str(written) != named:
+        faults.append(f"{MANIFEST_FILE}: written at step {written}, but the folder is {folder.name}")
+    return faults + [f"{name}: missing" for name in missing]
+
+
 def newest_good(run_dir: Path) -> tuple[Path | None, list[Finding]]:
-    """The newest checkpoint that agrees with its manifest, and a Finding for each that was passed over."""
+    """The newest checkpoint that agrees with its manifest, and a Finding for each that was passed over.
+
+    Checkpoints of a line that the run has left by going back are no longer part of it.
+    """
     findings: list[Finding] = []
+    rollbacks = line_of(journal.read(run_dir / _JOURNAL_FILE)).rollbacks if _has_journal(run_dir) else []
     for path in listed(run_dir):
-        faults = verify_manifest(path)
-        if not faults:
+        faults = faults_of(path)
+        if not faults and on_the_line(path, rollbacks):
             return path, findings
-        findings.append(CHECKPOINT_BAD.find(str(path), path=str(path), faults="; ".join(faults[:3])))
+        if faults:
+            findings.append(CHECKPOINT_BAD.find(str(path), path=str(path), faults="; ".join(faults[:5])))
     return None, findings
+
+
+def _has_journal(run_dir: Path) -> bool:
+    return (run_dir / _JOURNAL_FILE).is_file()
+
+
+def on_the_line(folder: Path, rollbacks: list[int]) -> bool:
+    """Whether no later rollback went to a step before this (intact) checkpoint."""
+    manifest = read_manifest(folder)
+    return all(int(manifest["step"]) <= to_step for to_step in rollbacks[int(manifest.get("line", 0)) :])
 
 
 def load(port: TrainPort, folder: Path) -> None:
@@ -93,14 +178,63 @@ def load(port: TrainPort, folder: Path) -> None:
     Raises KeyError or ValueError where the checkpoint belongs to another set of parameters.
     """
     tensors = load_file(str(folder / OPTIMIZER_FILE))
-    optim.load_moments(port.parts.optimizer, port.parts.parameters, tensors)
-    port.state.load(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    optim.check_moments(port.parts.parameters, tensors)
+    optim.restore_moments(port.parts.optimizer, port.parts.parameters, tensors)
+    port.state.load(record)
 
 
-def rotate(run_dir: Path, keep: int) -> None:
-    """Remove the oldest checkpoints beyond ``keep``; the newest one always stays."""
-    for path in listed(run_dir)[max(1, keep) :]:
-        shutil.rmtree(path, ignore_errors=True)
+@dataclass(frozen=True, slots=True)
+class StoredBase:
+    """A checkpoint as a place to start a redo from."""
+
+    folder: Path
+    step: int
+    attempt: int
+    parts: Parts
+
+    def intact(self) -> bool:
+        """Whether its files are those that were written."""
+        return not faults_of(self.folder)
+
+    def restore(self, port: Port) -> None:
+        """Make it the training state."""
+        tensors = stored_weights(self.parts, self.folder) | load_file(str(self.folder / OPTIMIZER_FILE))
+        port.restore(tensors, json.loads((self.folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def bases(run_dir: Path, rollbacks: list[int], parts: Parts) -> list[StoredBase]:
+    """The run's checkpoints that are readable and on its line, newest first."""
+    found = []
+    for folder in listed(run_dir):
+        try:
+            manifest = read_manifest(folder)
+            if on_the_line(folder, rollbacks):
+                found.append(StoredBase(folder, int(manifest["step"]), int(manifest["attempt"]), parts))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def trust(folder: Path, step: int) -> None:
+    """Mark a checkpoint as trusted after ``step``. Raises OSError."""
+    record = {"schema": 1, "trusted_at_step": step, "manifest_sha256": file_digest(folder / MANIFEST_FILE)}
+    write_atomic(folder / TRUSTED_FILE, json.dumps(record).encode())
+
+
+def is_trusted(folder: Path) -> bool:
+    """Whether the mark is there and belongs to this manifest."""
+    try:
+        record = json.loads((folder / TRUSTED_FILE).read_text(encoding="utf-8"))
+        return bool(record["manifest_sha256"] == file_digest(folder / MANIFEST_FILE))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What the run was when the checkpoint was written. Raises OSError or ValueError (no manifest)."""
+    found = read_manifest(folder).get("facts", {})
+    return found if isinstance(found, dict) else {}
 
 
 def step_of(folder: Path) -> int:

@@ -23,6 +23,7 @@ from finitune.core.journal import Journal
 from finitune.core.types import Verdict
 from finitune.engine.codes import JOURNAL_LOST, NOTHING_LEARNT, TOO_MANY_ABORTS
 from finitune.engine.judge import Judge
+from finitune.engine.line import is_clean
 from finitune.engine.policy import Action, Policy, decide, is_scale_overflow
 from finitune.engine.step import Outcome, transact
 from finitune.train.observer import Observers, StepEvent
@@ -55,6 +56,8 @@ class Loop:
     observers: Observers
     total_steps: int
     dues: tuple[Due, ...] = ()
+    after_step: Callable[[int], None] = field(default=lambda _step: None)
+    """Called with the number of batches used up, after everything that was due."""
     stop_requested: Callable[[], bool] = field(default=lambda: False)
     counts: Counter[str] = field(default_factory=Counter)
     """How often each code was found in a step."""
@@ -73,6 +76,7 @@ class Loop:
                 for due in self.dues:
                     if due.at(state.step):
                         due.run(state.step)
+                self.after_step(state.step)
         return True
 
     def one(self) -> Action:
@@ -84,7 +88,7 @@ class Loop:
         time_s = port.elapsed_s()
         self.step_time_s += time_s
         self._record(outcome, action, time_s)
-        self._consequence(outcome, action)
+        self._settle(outcome, action)
         event = StepEvent(
             outcome.reading, outcome.judgement, action, outcome.rows, self.total_steps, state.updates, time_s
         )
@@ -99,6 +103,7 @@ class Loop:
         self.counts.update(f.code for f in judgement.findings)
         self._write(
             "step",
+            attempt=self.port.state.attempt + 1,
             **reading.to_json() | {"time_s": round(time_s, 4), "amax": loudest(reading.amax)},
             verdict=judgement.verdict.value,
             action=action.value,
@@ -106,21 +111,14 @@ class Loop:
             findings=[f.to_json() for f in judgement.findings],
         )
 
-    def _consequence(self, outcome: Outcome, action: Action) -> None:
-        """After an abort everything is as it was; what changes now is a decision of its own."""
-        state = self.port.state
-        scaler = state.scaler
-        if action is Action.RETRY_SMALLER_SCALE and scaler is not None:
-            was = scaler.scale
-            scaler.back_off()
-            state.history.overflowed()
+    def _settle(self, outcome: Outcome, action: Action) -> None:
+        """Carry the decision out, and journal what it did to the loss scale."""
+        scaler = self.port.state.scaler
+        was = scaler.scale if scaler is not None else None
+        clean = is_clean(action, (f.severity.value for f in outcome.judgement.findings))
+        self.port.settle(action, outcome.reading, clean=clean)
+        if scaler is not None and action is not Action.PROCEED and is_scale_overflow(outcome.reading):
             self._write("decision", step=outcome.reading.step, what="loss_scale", was=was, now=scaler.scale)
-        elif action in (Action.SKIP_BATCH, Action.HALT):
-            if scaler is not None and is_scale_overflow(outcome.reading):
-                was = scaler.scale
-                scaler.give_up(blame_batch=state.history.aborts_in_a_row == 0)
-                self._write("decision", step=outcome.reading.step, what="loss_scale", was=was, now=scaler.scale)
-            self.port.skip_batch()
 
     def _too_many(self, outcome: Outcome) -> Halted:
         state = self.port.state

@@ -9,7 +9,7 @@ judged before.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +96,42 @@ def moments(
                 yield f"{name}|{slot}", value
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer,
-    parameters: Sequence[tuple[str, nn.Parameter]],
-    tensors: dict[str, torch.Tensor],
-) -> None:
-    """Inverse of :func:`moments`. Raises KeyError where a tensor belongs to no trainable parameter."""
+def check_moments(parameters: Sequence[tuple[str, nn.Parameter]], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise KeyError where a moment is of no trainable parameter, ValueError where its shape cannot be one's."""
     by_name = dict(parameters)
     for key, value in tensors.items():
+        parameter = by_name[key.rpartition("|")[0]]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(f"{key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+
+
+@torch.no_grad()
+def restore_moments(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[tuple[str, nn.Parameter]],
+    tensors: Mapping[str, torch.Tensor],
+) -> None:
+    """Inverse of :func:`moments`: afterwards the optimizer holds these moments and no others.
+
+    Tensors that it holds already are overwritten in place. Raises KeyError where one belongs to no trainable parameter.
+    """
+    held = dict(moments(optimizer, parameters))
+    kept = [key for key in tensors if key in held]
+    if kept:
+        torch._foreach_copy_([held[key] for key in kept], [tensors[key] for key in kept])
+    by_name = dict(parameters)
+    for key in held.keys() - tensors.keys():
+        name, _, slot = key.rpartition("|")
+        del optimizer.state[by_name[name]][slot]
+    for key in tensors.keys() - held.keys():
         name, _, slot = key.rpartition("|")
         parameter = by_name[name]
-        # `step` stays where torch put it: fused kernels keep it on the device, others on the host.
-        optimizer.state[parameter][slot] = value.to(parameter.device).clone()
+        # A fused kernel keeps its step count beside the weights, the others keep it on the host.
+        device = parameter.device if tensors[key].dim() or _fused(optimizer) else torch.device("cpu")
+        optimizer.state[parameter][slot] = tensors[key].to(device, copy=True)
+    for empty in [p for p, slots in optimizer.state.items() if not slots]:
+        del optimizer.state[empty]
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    return any(group.get("fused") for group in optimizer.param_groups)

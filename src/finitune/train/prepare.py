@@ -27,7 +27,7 @@ from finitune.models.freeze import enable_checkpointing, freeze, trainable_param
 from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
-from finitune.train import optim, plan
+from finitune.train import memory, optim, plan
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_checks import notes
 from finitune.train.recipe_io import resolved_precision
@@ -53,6 +53,7 @@ class Prepared:
     device: torch.device
     precision: str
     data_digest: str
+    snapshots: memory.SnapshotPlan
 
 
 def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
@@ -71,9 +72,10 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     total_steps = count_steps(recipe, loader)
     state = RunState(scaler=LossScaler(scaler_settings(recipe)) if choice.precision.uses_scaler else None)
     port = TrainPort(_parts(recipe, loaded, model, loader, choice.precision, device, total_steps), state)
-    planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps)
+    snapshots = memory.plan_snapshots(recipe, port)
+    planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps, snapshots)
     findings = [*notes(recipe), *choice.findings, *loaded.report.findings, *train_set.findings]
-    findings += _memory_finding(recipe, planned)
+    findings += [*_memory_finding(recipe, planned), *memory.finding(recipe, snapshots)]
     return Prepared(
         recipe,
         port,
@@ -84,6 +86,7 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
         device,
         choice.precision.name,
         train_set.digest,
+        snapshots,
     )
 
 
@@ -299,6 +302,7 @@ def _plan(
     choice: Any,
     actual: dict[str, Any],
     total_steps: int,
+    snapshots: memory.SnapshotPlan,
 ) -> plan.Plan:
     work = workload(recipe, port, loaded)
     device = port.parts.strategy.device
@@ -327,6 +331,7 @@ def _plan(
             recipe.lr_scheduler_type,
             text("train.why_schedule", lr=recipe.learning_rate, warmup=warmup_steps(recipe, total_steps)),
         ),
+        memory.derived(snapshots),
     ]
     step_s = plan.estimate_step_s(device, work)
     return plan.Plan(

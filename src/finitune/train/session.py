@@ -16,17 +16,20 @@ from finitune.core.files import write_atomic
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.engine.codes import EVAL_NOT_FINITE, FINAL_SAVE_FAILED, INTERRUPTED
+from finitune.engine.codes_time import STOPPED_UNSAVED
 from finitune.engine.judge import Judge
 from finitune.engine.policy import Policy
 from finitune.models.save import save_model
 from finitune.train import checkpoint, folder
 from finitune.train.evaluate import evaluate
+from finitune.train.keeper import Keeper, KeepSettings
 from finitune.train.loop import Due, Loop, record_or_halt
 from finitune.train.observer import EvalEvent, Observers, SampleEvent
 from finitune.train.prepare import Prepared
 from finitune.train.result import RunResult, peak_memory_bytes, versions
 from finitune.train.sampling import Sampler
 from finitune.train.signals import StopRequest, listening
+from finitune.train.time_machine import TimeMachine
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +51,17 @@ class Start:
 class Session:
     """One run from its first journal line to its summary."""
 
-    def __init__(
-        self, run_dir: Path, prepared: Prepared, journal: Journal, observers: Observers, start: Start
-    ) -> None:
+    def __init__(self, run_dir: Path, prepared: Prepared, journal: Journal, observers: Observers, start: Start) -> None:
         self.run_dir, self.prepared, self.journal, self.observers = run_dir, prepared, journal, observers
         self.start, self.point, self.started_s = start, start.point, start.started_s
         self.counts: Counter[str] = Counter()
         self.evals: list[EvalEvent] = []
         self.samples: list[SampleEvent] = []
         self.train_time_s = 0.0
-        self.last_saved: Path | None = start.point
         port = prepared.port
         self.sampler = Sampler(port.parts, prepared.tokenizer, prepared.recipe.sample, self._sampled)
+        self.keeper = self._keeper()
+        self.machine = TimeMachine(prepared, journal, run_dir)
         observers.tell("plan", prepared.plan)
 
     def run(self) -> RunResult:
@@ -100,12 +102,14 @@ class Session:
                 Due(guard.state_check_steps, self._check_state),
                 Due(recipe.eval_steps, self._evaluate),
                 Due(recipe.sample.every_steps, self._sample),
-                Due(recipe.save_steps, self._save),
+                Due(recipe.save_steps, self.keeper.save),
             ),
+            after_step=lambda step: self._after_step(step, loop.step_time_s),
             stop_requested=stop,
             counts=self.counts,
         )
         try:
+            self.machine.after_step(0.0)
             return loop.run()
         finally:
             self.train_time_s = loop.step_time_s
@@ -116,22 +120,30 @@ class Session:
         """Evaluate, sample and save what was reached."""
         step = self.prepared.port.state.step
         if status == "interrupted":
-            self._save_here()
-            total = self.prepared.plan.total_steps
-            self._found(INTERRUPTED.find("", step=step, total=total, path=str(self.last_saved), run=str(self.run_dir)))
+            self._stopped(step)
             return
         if not self.evals or self.evals[-1].step != step:
             self._evaluate(step)
         if not self.samples or self.samples[-1].step != step:
             self._sample(step)
-        self._save_here()
+        self.keeper.finish(step)
         self._save_final()
+
+    def _stopped(self, step: int) -> None:
+        """Save, and say how to go on."""
+        stands, saved = self.keeper.finish(step), self.keeper.last_saved
+        total, run = self.prepared.plan.total_steps, str(self.run_dir)
+        if stands:
+            self._found(INTERRUPTED.find("", step=step, total=total, path=str(saved), run=run))
+        else:
+            last = checkpoint.step_of(saved) if saved is not None else 0
+            self._found(STOPPED_UNSAVED.find("", step=step, total=total, last=last, run=run))
 
     def _after_halt(self, halt: Halted) -> None:
         """Journal why, and keep the last good state where it is good and the disk takes it."""
         try:
             self._found(halt.code.find(halt.where, **halt.data))
-            self._save_here()
+            self.keeper.finish(self.prepared.port.state.step)
         except Halted as second:  # the state is not finite, or the journal cannot be written: nothing more to keep
             self.counts[second.code.code] += 1
 
@@ -140,13 +152,24 @@ class Session:
         self._sample(0)
 
     def _check_state(self, _step: int) -> None:
-        checkpoint.refuse_non_finite(self.prepared.port, str(self.run_dir))
+        self._refuse_non_finite()
+
+    def _refuse_non_finite(self) -> None:
+        port = self.prepared.port
+        checkpoint.refuse_non_finite(port.state_tensors(), str(self.run_dir), port.state.step)
+
+    def _after_step(self, step: int, step_time_s: float) -> None:
+        """Look after checkpoints, snapshots and the journal."""
+        self.keeper.after_step(step)
+        for finding in self.machine.after_step(step_time_s):
+            self._found(finding)
 
     def _evaluate(self, step: int) -> None:
         if not self.prepared.eval_batches:
             return
         event = evaluate(self.prepared.port.parts, self.prepared.eval_batches, step)
         self.evals.append(event)
+        self.keeper.evaluated(step, event.loss)
         record_or_halt(
             self.journal, "eval", step=step, loss=event.loss, supervised_tokens=event.supervised_tokens, rows=event.rows
         )
@@ -164,27 +187,31 @@ class Session:
             self._found(event.finding)
         self.observers.tell("sample", event)
 
-    def _save_here(self) -> None:
-        """A checkpoint of this very step, unless it stands already."""
-        step = self.prepared.port.state.step
-        if self.last_saved is None or checkpoint.step_of(self.last_saved) != step:
-            self._save(step)
-
-    def _save(self, step: int) -> None:
-        """A checkpoint; a disk that refuses is a finding, and the next save tries again."""
-        saved = checkpoint.save(self.prepared.port, self.prepared.tokenizer, self.run_dir)
-        if isinstance(saved, Finding):
-            self._found(saved)
-            return
-        self.last_saved = saved
-        checkpoint.rotate(self.run_dir, self.prepared.recipe.save_total_limit)
-        record_or_halt(self.journal, "save", step=step, path=saved.name)
-        self.journal.sync()
-        self.observers.tell("save", str(saved), step)
+    def _keeper(self) -> Keeper:
+        recipe = self.prepared.recipe
+        keeper = Keeper(
+            run_dir=self.run_dir,
+            port=self.prepared.port,
+            tokenizer=self.prepared.tokenizer,
+            journal=self.journal,
+            settings=KeepSettings(
+                limit=recipe.save_total_limit,
+                every_steps=recipe.save_keep_every_steps,
+                best=recipe.save_keep_best,
+                trust_steps=recipe.guard.trust_steps,
+                background=self.prepared.snapshots.background,
+            ),
+            found=self._found,
+            saved=lambda path, step: self.observers.tell("save", str(path), step),
+            facts=self.start.facts,
+            last_saved=self.start.point,
+        )
+        keeper.recall()
+        return keeper
 
     def _save_final(self) -> None:
         parts, target = self.prepared.port.parts, self.run_dir / folder.FINAL
-        checkpoint.refuse_non_finite(self.prepared.port, str(self.run_dir))
+        self._refuse_non_finite()
         try:
             save_model(parts.model, self.prepared.tokenizer, target, family=parts.family)
         except OSError as error:
@@ -193,7 +220,7 @@ class Session:
                 str(target),
                 path=str(target),
                 error=str(error),
-                last=str(self.last_saved or "none"),
+                last=str(self.keeper.last_saved or "none"),
                 run=str(self.run_dir),
             ) from error
 
@@ -208,6 +235,7 @@ class Session:
             self.journal,
             "resume" if self.start.resumed else "start",
             step=self.prepared.port.state.step,
+            attempt=self.prepared.port.state.attempt,
             checkpoint=self.point.name if self.point else None,
             total_steps=plan.total_steps,
             data_digest=self.prepared.data_digest,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from finitune.core.robust import History
 from finitune.data.loader import Cursor
 from finitune.engine.scaler import LossScaler
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(slots=True)
@@ -23,6 +24,10 @@ class RunState:
     """Batches used up, committed or skipped."""
     updates: int = 0
     """Committed steps: what the LR schedule counts."""
+    attempt: int = 0
+    """Transactions made: steps, and tries of a step at smaller loss scales."""
+    clean_steps: int = 0
+    """Committed steps in a row in which nothing worth a warning was found."""
     supervised_tokens: int = 0
     history: History = field(default_factory=History)
     scaler: LossScaler | None = None
@@ -30,6 +35,8 @@ class RunState:
     """Sum of the mean losses of committed steps (all finite)."""
     movement: tuple[float, float] | None = None
     """(update ratio, changed fraction) of the last commit, where it was measured."""
+    guard: dict[str, Any] = field(default_factory=dict)
+    """What the guard remembers beyond the statistics (an open incident, quarantined rows): JSON-able."""
 
     def record(self) -> dict[str, Any]:
         """JSON-able record; floats survive exactly."""
@@ -38,9 +45,12 @@ class RunState:
             "cursor": self.cursor.to_json(),
             "step": self.step,
             "updates": self.updates,
+            "attempt": self.attempt,
+            "clean_steps": self.clean_steps,
             "supervised_tokens": self.supervised_tokens,
             "loss_sum": self.loss_sum,
             "movement": list(self.movement) if self.movement else None,
+            "guard": copy.deepcopy(self.guard),
             "history": self.history.state(),
             "scaler": self.scaler.state() if self.scaler else None,
         }
@@ -52,6 +62,9 @@ class RunState:
         self.cursor = Cursor.from_json(record["cursor"])
         self.step = int(record["step"])
         self.updates = int(record["updates"])
+        self.attempt = int(record["attempt"])
+        self.clean_steps = int(record["clean_steps"])
+        self.guard = copy.deepcopy(dict(record["guard"]))
         self.supervised_tokens = int(record["supervised_tokens"])
         self.loss_sum = float(record["loss_sum"])
         self.movement = (float(record["movement"][0]), float(record["movement"][1])) if record["movement"] else None

@@ -1,13 +1,14 @@
 """The trainer's side of a step: a Port over model, optimizer, loader and state.
 
-``forward_backward`` and ``abort`` leave the training state as it was; ``commit`` is the only method
-that changes weights, moments, schedule, scaler, cursor and statistics, all together.
+``forward_backward`` and ``abort`` leave the training state as it was. ``commit`` changes weights, moments,
+schedule, scaler, cursor and statistics, all together; ``settle`` carries out what was decided after the
+verdict; ``restore`` puts another state in place.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -20,7 +21,9 @@ from finitune.core.types import Reading, RowId
 from finitune.data.collate import Batch, additive_mask
 from finitune.data.loader import Loader
 from finitune.engine.monitor import Monitor
+from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import Capability, Trace
+from finitune.engine.snapshot import copy_over
 from finitune.numerics.norms import tensor_norms
 from finitune.numerics.probe import movement, sample
 from finitune.numerics.seeds import seed_torch
@@ -76,8 +79,8 @@ class TrainPort:
         self._started_s = 0.0
 
     def capabilities(self) -> frozenset[Capability]:
-        """Veto and skip; replay and rollback come with snapshots."""
-        return frozenset({Capability.VETO, Capability.SKIP_BATCH})
+        """All of them."""
+        return frozenset(Capability)
 
     @property
     def lr(self) -> float:
@@ -163,10 +166,21 @@ class TrainPort:
         """Drop the gradients."""
         self.parts.optimizer.zero_grad(set_to_none=True)
 
-    def skip_batch(self) -> None:
-        """Give the current batch up."""
-        self.state.history.aborted()
-        self._advance()
+    def settle(self, action: Action, reading: Reading, *, clean: bool) -> None:
+        """After an abort everything is as it was; what changes here is a decision of its own."""
+        state, scaler = self.state, self.state.scaler
+        state.attempt += 1
+        if action is Action.RETRY_SMALLER_SCALE:
+            assert scaler is not None, "only a scaled loss can be tried at a smaller scale"
+            scaler.back_off()
+            state.history.overflowed()
+            return
+        state.clean_steps = state.clean_steps + 1 if clean else 0
+        if action is not Action.PROCEED:
+            if scaler is not None and is_scale_overflow(reading):
+                scaler.give_up(blame_batch=state.history.aborts_in_a_row == 0)
+            state.history.aborted()
+            self._advance()
 
     def _advance(self) -> None:
         self.state.cursor = self.parts.loader.advance(self.state.cursor)
@@ -188,3 +202,13 @@ class TrainPort:
     def state_record(self) -> dict[str, Any]:
         """The state that is not tensors."""
         return self.state.record()
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]) -> None:
+        """See :class:`finitune.engine.port.Port`. Nothing is changed where the tensors do not fit."""
+        weights = dict(self.parts.parameters)
+        moments = {name: tensor for name, tensor in tensors.items() if name not in weights}
+        optim.check_moments(self.parts.parameters, moments)
+        copy_over({name: tensor for name, tensor in tensors.items() if name in weights}, weights)
+        optim.restore_moments(self.parts.optimizer, self.parts.parameters, moments)
+        self.state.load(record)
+        self.abort()

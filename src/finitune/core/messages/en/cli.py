@@ -36,6 +36,11 @@ TEXTS = {
     "cli.recipes.dest": "File or folder to write; NAME.yaml in this folder if left out.",
     "cli.recipes.force": "Overwrite an existing file.",
     "cli.recipes.copied": "Wrote {path}. Train it with: finitune train {path}",
+    "cli.runs.help": "List runs with their state, or show one run in full.\n\n"
+    "A run that was killed or interrupted is shown with the command that goes on with it.",
+    "cli.runs.path": "A folder of runs, one run, or latest; the folder runs if left out.",
+    "cli.runs.verify": "Compare the digests of every file of the run's checkpoints, not only the sizes.",
+    "cli.runs.parquet": "Write the run's steps to this parquet file.",
     "cli.chat.help": "Talk to a run, a checkpoint, an adapter or a model.\n\n"
     "/reset forgets the conversation, /exit or Ctrl-D leaves.",
     "cli.chat.path": "A run, a checkpoint, an adapter folder, a model folder or a model's name.",

@@ -1,0 +1,107 @@
+"""The line: which transactions, as the journal tells them, led from the start of a run to where it stands.
+
+A journal holds more than one line where a run went back: a *resume* or a *rollback* record says to which transaction,
+and what was journalled after that one no longer counts. Transactions are numbered by ``attempt``; a step that was
+tried again at smaller loss scales has several, and the last of them used the batch up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from finitune.core.journal import number
+from finitune.core.types import Reading, Severity
+from finitune.engine.policy import Action
+
+_GRAVE = (Severity.WARNING.value, Severity.ERROR.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One transaction as it was journalled."""
+
+    attempt: int
+    reading: Reading
+    """Only step, loss, gradient norm, learning rate and loss scale."""
+    action: Action
+    clean: bool
+
+    @property
+    def uses_batch(self) -> bool:
+        """The batch was committed or given up: the step was over."""
+        return self.action is not Action.RETRY_SMALLER_SCALE
+
+
+@dataclass(slots=True)
+class Line:
+    """The transactions that count, and the journalled state digests among them."""
+
+    events: dict[int, Event] = field(default_factory=dict)
+    """By attempt."""
+    marks: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Fingerprint records by the attempt they were taken after."""
+    rollbacks: list[int] = field(default_factory=list)
+    """The step that each rollback went to, in order."""
+
+    def cut(self, attempt: int) -> None:
+        """Forget what came after ``attempt``."""
+        self.events = {a: e for a, e in self.events.items() if a <= attempt}
+        self.marks = {a: m for a, m in self.marks.items() if a <= attempt}
+
+    def attempt_of(self, step: int) -> int | None:
+        """The transaction after which ``step`` batches were used up; None where the journal does not know it."""
+        if step == 0:
+            return 0
+        return next((a for a, e in sorted(self.events.items()) if e.reading.step == step and e.uses_batch), None)
+
+    def path(self, after: int, to: int) -> list[Event] | None:
+        """The events after one transaction up to another; None where the journal has a gap there."""
+        found = [self.events.get(a) for a in range(after + 1, to + 1)]
+        events = [e for e in found if e is not None]
+        return events if len(events) == len(found) else None
+
+
+def is_clean(action: Action, severities: Iterable[str]) -> bool:
+    """Whether a transaction was committed with nothing found that is worth a warning."""
+    return action is Action.PROCEED and not any(s in _GRAVE for s in severities)
+
+
+def line_of(records: Iterable[Mapping[str, Any]]) -> Line:
+    """The line that a journal's records tell. Records that lack what they should have are left out: a gap."""
+    line = Line()
+    for record in records:
+        kind = record.get("kind")
+        try:
+            if kind == "step":
+                event = event_of(record)
+                line.events[event.attempt] = event
+            elif kind == "state":
+                line.marks[int(record["attempt"])] = record["mark"]
+            elif kind in ("resume", "rollback"):
+                line.cut(int(record["attempt"]))
+                if kind == "rollback":
+                    line.rollbacks.append(int(record["to_step"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return line
+
+
+def event_of(record: Mapping[str, Any]) -> Event:
+    """The transaction of a "step" record. Raises KeyError, TypeError or ValueError where it is not one."""
+    action = Action(record["action"])
+    scale = record.get("loss_scale")
+    reading = Reading(
+        step=int(record["step"]),
+        loss=number(record["loss"]),
+        grad_norm=number(record["grad_norm"]),
+        lr=number(record["lr"]),
+        loss_scale=None if scale is None else number(scale),
+    )
+    severities = _severities(record.get("findings", ()))
+    return Event(int(record["attempt"]), reading, action, is_clean(action, severities))
+
+
+def _severities(findings: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    return (str(f["severity"]) for f in findings)

@@ -1,0 +1,261 @@
+"""The keeper of a run's checkpoints: when they are written, when they are trusted, which are kept.
+
+save        copy the state, hand it to the writer; the training thread waits for the copy only
+after_step  what was written is journalled; candidates become trusted; a failed save is tried again
+rotate      never removes the last trusted one, the candidate that will be trusted next, the best, or a milestone
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finitune.core import journal
+from finitune.core.journal import Journal
+from finitune.core.types import Finding
+from finitune.core.units import bytes_text
+from finitune.engine.codes_time import SAVE_RETRY
+from finitune.engine.line import line_of
+from finitune.engine.snapshot import Buffers, is_out_of_memory
+from finitune.train import checkpoint
+from finitune.train.loop import record_or_halt
+from finitune.train.step import TrainPort
+from finitune.train.writer import Writer, Written
+
+ABANDONED = "abandoned-"
+_TRUST_RETRY_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class KeepSettings:
+    """What is kept, and from when on it is trusted."""
+
+    limit: int = 2
+    """Newest checkpoints kept."""
+    every_steps: int | None = None
+    """Checkpoints of these steps are kept for good."""
+    best: bool = False
+    """Keep the one with the lowest held-out loss."""
+    trust_steps: int = 40
+    """Clean steps after which a candidate is trusted."""
+    background: bool = True
+
+
+@dataclass(slots=True)
+class _Retry:
+    """A failed save that will be tried again, at growing distances."""
+
+    at_step: int
+    distance_steps: int = 1
+
+
+@dataclass(slots=True)
+class Keeper:
+    """Keeps the checkpoints of one run."""
+
+    run_dir: Path
+    port: TrainPort
+    tokenizer: Any
+    journal: Journal
+    settings: KeepSettings
+    found: Callable[[Finding], None]
+    """Journals a finding and tells the observers."""
+    saved: Callable[[Path, int], None]
+    """Tells the observers of a checkpoint."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    line: int = 0
+    last_saved: Path | None = None
+    stall_s: float = 0.0
+    """Seconds the training thread waited for saves."""
+    best: tuple[float, int] | None = None
+    """Lowest held-out loss so far and its step."""
+    _writer: Writer = field(init=False)
+    _buffers: Buffers = field(default_factory=Buffers)
+    _candidates: list[Path] = field(default_factory=list)
+    _retry: _Retry | None = None
+    _no_trust_before_step: int = 0
+    _last_try: bool = False
+
+    def __post_init__(self) -> None:
+        self._writer = Writer(background=self.settings.background)
+        self._candidates = [p for p in checkpoint.listed(self.run_dir) if not checkpoint.is_trusted(p)]
+
+    def recall(self) -> None:
+        """Take what an earlier session of the run left: how often it went back, its best held-out loss.
+
+        Checkpoints beyond the one the run goes on from are damaged or of another line: they are put aside, so that
+        they are not counted among the newest.
+        """
+        records = list(journal.read(self.journal.path))
+        self.line = len(line_of(records).rollbacks)
+        self._put_aside_after(step_in(self.last_saved) if self.last_saved is not None else 0)
+        for record in records:
+            if record["kind"] == "eval":
+                self.evaluated(int(record["step"]), journal.number(record["loss"]))
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint of the present state; waits for the one before, if that is still being written."""
+        started_s = time.perf_counter()
+        self.settle(wait=True)
+        try:
+            # The journal goes first: a checkpoint is never ahead of it.
+            self.journal.sync()
+        except OSError as error:
+            self._failed(Written(step, None, error))
+        else:
+            content = self._content()
+            work = functools.partial(checkpoint.write, content, self.port.parts, self.tokenizer, self.run_dir)
+            self._writer.submit(step, work)
+        if not self._writer.background:
+            self.settle()
+        self.stall_s += time.perf_counter() - started_s
+
+    def _content(self) -> checkpoint.Content:
+        """A copy of the state, or (no memory, or nobody works beside us) the live tensors."""
+        if self._writer.background:
+            try:
+                tensors, record = self._buffers.copy(self.port)
+                return checkpoint.Content(tensors, record, self.line, self.facts)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._writer, self._buffers = Writer(background=False), Buffers()
+        return checkpoint.Content(dict(self.port.state_tensors()), self.port.state_record(), self.line, self.facts)
+
+    def after_step(self, step: int) -> None:
+        """Look after what is under way. Raises Halted where a state to be saved was not finite."""
+        self.settle()
+        if self._retry is not None and step >= self._retry.at_step and not self._writer.busy:
+            self.save(step)
+        self._trust(step)
+
+    def finish(self, step: int) -> bool:
+        """A checkpoint of this very step, unless it stands already; waits until it is written. True if it stands."""
+        self.settle(wait=True)
+        if self.last_saved is None or step_in(self.last_saved) != step:
+            self._last_try = True
+            self.save(step)
+            self.settle(wait=True)
+        return self.last_saved is not None and step_in(self.last_saved) == step
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Take in what the writer has finished. Raises Halted (state not finite)."""
+        for written in self._writer.finished(wait=wait):
+            if written.path is not None:
+                self._stands(written.path, written.step)
+            else:
+                self._failed(written)
+
+    def _stands(self, path: Path, step: int) -> None:
+        self.last_saved, self._retry = path, None
+        if not checkpoint.is_trusted(path):
+            self._candidates = [path, *(p for p in self._candidates if p != path)]
+        self.rotate()
+        record_or_halt(self.journal, "save", step=step, path=path.name, line=self.line)
+        self.saved(path, step)
+
+    def _failed(self, written: Written) -> None:
+        """A refusing disk is a finding and a later try; everything else goes up."""
+        error = written.error
+        if not isinstance(error, OSError):
+            assert error is not None
+            raise error
+        target = self.run_dir / f"{checkpoint.PREFIX}{written.step}"
+        needed_bytes = sum(t.nbytes for _, t in self.port.state_tensors())
+        if self._last_try:
+            self.found(checkpoint.save_failure(target, error, needed_bytes))
+            return
+        distance = 1 if self._retry is None else self._retry.distance_steps * 2
+        self._retry = _Retry(self.port.state.step + distance, distance)
+        self.found(
+            SAVE_RETRY.find(
+                str(target),
+                step=written.step,
+                error=str(error),
+                retry=self._retry.at_step,
+                last=step_in(self.last_saved) if self.last_saved is not None else 0,
+                free=checkpoint.free_text(target),
+                needed=bytes_text(needed_bytes),
+            )
+        )
+
+    def _trust(self, step: int) -> None:
+        """Candidates that enough clean steps have followed become trusted."""
+        needed = self.settings.trust_steps
+        if self.port.state.clean_steps < needed or step < self._no_trust_before_step:
+            return
+        ripe = [p for p in self._candidates if step_in(p) <= step - needed]
+        for path in ripe:
+            try:
+                checkpoint.trust(path, step)
+            except OSError as error:
+                self._no_trust_before_step = step + _TRUST_RETRY_STEPS
+                self.found(checkpoint.save_failure(path / checkpoint.TRUSTED_FILE, error, 0))
+                return
+            self._candidates.remove(path)
+            record_or_halt(self.journal, "trusted", step=step, path=path.name)
+        if ripe:
+            self.rotate()
+            for path in self.run_dir.glob(f"{ABANDONED}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def evaluated(self, step: int, loss: float) -> None:
+        """Take a held-out loss into account; NaN never is the best."""
+        if loss < (self.best[0] if self.best is not None else float("inf")):
+            self.best = (loss, step)
+
+    def rotate(self) -> None:
+        """Remove what need not be kept."""
+        here = checkpoint.listed(self.run_dir)
+        kept = self._kept(here)
+        for path in here:
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+                self._candidates = [p for p in self._candidates if p != path]
+
+    def _kept(self, here: list[Path]) -> set[Path]:
+        """Newest first in ``here``."""
+        kept = set(here[: max(1, self.settings.limit)])
+        trusted = next((p for p in here if checkpoint.is_trusted(p)), None)
+        if trusted is not None:
+            kept.add(trusted)
+        waiting = [p for p in here if trusted is None or step_in(p) > step_in(trusted)]
+        # Without the oldest waiting one, a short save_steps would rotate every candidate away before its time.
+        kept.update(waiting[-1:])
+        every = self.settings.every_steps
+        kept.update(p for p in here if every and step_in(p) % every == 0)
+        if self.settings.best and self.best is not None:
+            kept.update(p for p in here if self.best is not None and step_in(p) == self.best[1])
+        return kept
+
+    def abandon_after(self, step: int) -> None:
+        """Put the checkpoints of a line that was left aside; they are removed when a newer one is trusted."""
+        self.settle(wait=True)
+        self.line += 1
+        self._put_aside_after(step)
+        if self.last_saved is not None and not self.last_saved.is_dir():
+            self.last_saved = next(iter(checkpoint.listed(self.run_dir)), None)
+
+    def _put_aside_after(self, step: int) -> None:
+        for path in [p for p in checkpoint.listed(self.run_dir) if step_in(p) > step]:
+            path.rename(free_name(path.with_name(f"{ABANDONED}{self.line}-{path.name}")))
+            self._candidates = [p for p in self._candidates if p != path]
+
+
+def free_name(path: Path) -> Path:
+    """``path``, numbered where something stands there already."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def step_in(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name[len(checkpoint.PREFIX) :])

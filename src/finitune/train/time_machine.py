@@ -1,0 +1,94 @@
+"""The run's time machine: snapshots, journalled digests, and the way back to any step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from finitune.core import journal as journals
+from finitune.core.journal import Journal
+from finitune.core.types import Finding
+from finitune.core.units import bytes_text
+from finitune.engine.codes_time import NO_SNAPSHOTS
+from finitune.engine.line import line_of
+from finitune.engine.snapshot import Buffers, Snapshot
+from finitune.engine.timeline import Arrival, Base, Timeline
+from finitune.numerics.fingerprint import fingerprint
+from finitune.train import checkpoint
+from finitune.train.loop import record_or_halt
+from finitune.train.origin import Origin
+from finitune.train.prepare import Prepared
+
+
+class TimeMachine:
+    """Keeps states of one run as it goes, and goes back to them."""
+
+    def __init__(self, prepared: Prepared, journal: Journal, run_dir: Path) -> None:
+        self.prepared, self.journal, self.run_dir = prepared, journal, run_dir
+        self.port = prepared.port
+        self.ring = prepared.snapshots.ring(prepared.recipe)
+        self.timeline = Timeline(self.port, journal.path, self.ring, self._stored)
+        self.shadow: Snapshot | None = None
+        """The state before the step at hand, where the recipe asks for it."""
+        self.digest_s = 0.0
+        """Seconds spent on journalled digests."""
+        self._shadow_buffers = Buffers() if prepared.snapshots.shadow else None
+
+    def after_step(self, step_time_s: float) -> list[Finding]:
+        """Take the snapshot and journal the digest that are due; ``step_time_s``: all steps so far together."""
+        state, findings = self.port.state, []
+        snapshot = None
+        if self.ring.due(state.step):
+            snapshot = self.ring.take(self.port, step_time_s / max(1, state.attempt))
+            if snapshot is None:
+                findings.append(self._out_of_memory())
+        if state.step % self.prepared.recipe.snapshots.digest_steps == 0:
+            self._journal_digest(snapshot)
+        if self._shadow_buffers is not None:
+            self.shadow = self._shadow_buffers.take(self.port)
+        return findings
+
+    def _journal_digest(self, snapshot: Snapshot | None) -> None:
+        started_s = time.perf_counter()
+        state = self.port.state
+        mark = snapshot.mark if snapshot else fingerprint(self.port.state_tensors(), self.port.state_record())
+        record_or_halt(self.journal, "state", step=state.step, attempt=state.attempt, mark=mark.to_json())
+        self.digest_s += time.perf_counter() - started_s
+
+    def _out_of_memory(self) -> Finding:
+        planned = self.prepared.snapshots
+        share = self.prepared.recipe.snapshots.memory_share
+        size, budget = bytes_text(planned.snapshot_bytes), bytes_text(planned.budget_bytes)
+        return NO_SNAPSHOTS.find("", needed=size, budget=budget, free="?", share=share)
+
+    def _stored(self) -> Iterator[Base]:
+        """States outside of memory: checkpoints, and the start of the run."""
+        rollbacks = line_of(journals.read(self.journal.path)).rollbacks
+        yield from checkpoint.bases(self.run_dir, rollbacks, self.port.parts)
+        yield Origin(self.prepared.recipe)
+
+    def state_at(self, step: int) -> Snapshot:
+        """A copy of the state after ``step`` batches; the run's state stays. Raises Unreachable."""
+        return self.timeline.state_at(step)
+
+    def roll_back(self, step: int, reason: str) -> Arrival:
+        """Make the state after ``step`` batches the run's state, journalled before it counts.
+
+        What came after it is of another line from now on: the caller lets its keeper abandon those checkpoints.
+        Raises Unreachable with nothing changed, Halted where the journal cannot be written.
+        """
+        was = self.port.state.step
+        arrival = self.timeline.go_to(step)
+        attempt = self.port.state.attempt
+        record_or_halt(
+            self.journal,
+            "rollback",
+            from_step=was,
+            to_step=step,
+            attempt=attempt,
+            reason=reason,
+            base=arrival.base_step,
+        )
+        self.ring.forget_after(attempt)
+        return arrival
