@@ -22,9 +22,9 @@ class Truth:
     def watch(self, session) -> None:
         port, after = session.prepared.port, session._after_step
 
-        def remember(step: int, step_time_s: float) -> None:
+        def remember(step: int, step_s: float) -> None:
             self.digests[step] = whole(port)
-            after(step, step_time_s)
+            after(step, step_s)
 
         session._after_step = remember
 
@@ -72,8 +72,8 @@ def test_every_step_of_three_hundred_can_be_reached_again(tmp_path: Path) -> Non
     went_back: list[int] = []
     keep = first._after_step
 
-    def go_back_twice(step: int, step_time_s: float) -> None:
-        keep(step, step_time_s)
+    def go_back_twice(step: int, step_s: float) -> None:
+        keep(step, step_s)
         if step in (90, 150) and step not in went_back:
             went_back.append(step)
             first.machine.roll_back(step - 13, "a test")

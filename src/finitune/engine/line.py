@@ -50,6 +50,12 @@ class Line:
         self.events = {a: e for a, e in self.events.items() if a <= attempt}
         self.marks = {a: m for a, m in self.marks.items() if a <= attempt}
 
+    def add(self, event: Event) -> None:
+        """The next transaction. One whose number was there before tells that the run had gone back to before it."""
+        if event.attempt in self.events:
+            self.cut(event.attempt - 1)
+        self.events[event.attempt] = event
+
     def attempt_of(self, step: int) -> int | None:
         """The transaction after which ``step`` batches were used up; None where the journal does not know it."""
         if step == 0:
@@ -75,8 +81,7 @@ def line_of(records: Iterable[Mapping[str, Any]]) -> Line:
         kind = record.get("kind")
         try:
             if kind == "step":
-                event = event_of(record)
-                line.events[event.attempt] = event
+                line.add(event_of(record))
             elif kind == "state":
                 line.marks[int(record["attempt"])] = record["mark"]
             elif kind in ("resume", "rollback"):

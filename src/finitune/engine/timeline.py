@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,8 +82,13 @@ class Timeline:
         journal_path: Path,
         ring: SnapshotRing,
         stored: Callable[[], Iterable[Base]] = tuple,
+        waiting: Callable[[], Iterable[Mapping[str, Any]]] = tuple,
     ) -> None:
-        self.port, self.journal_path, self.ring, self.stored = port, journal_path, ring, stored
+        self.port, self.journal_path, self.ring = port, journal_path, ring
+        self.stored = stored
+        """Bases outside of memory."""
+        self.waiting = waiting
+        """Records that the disk has not taken yet."""
 
     def state_at(self, step: int) -> Snapshot:
         """A copy of the state after ``step`` batches; the port stays as it is, bit for bit. Raises Unreachable."""
@@ -103,7 +109,7 @@ class Timeline:
             raise
 
     def _travel(self, step: int) -> Arrival:
-        line = line_of(journal.read(self.journal_path))
+        line = line_of(chain(journal.read(self.journal_path), self.waiting()))
         target = line.attempt_of(step)
         if target is None:
             raise Unreachable(self._unreachable(step, "the journal does not know this step"))

@@ -23,6 +23,7 @@ from finitune.engine.codes_time import SAVE_RETRY
 from finitune.engine.line import line_of
 from finitune.engine.snapshot import Buffers, is_out_of_memory
 from finitune.train import checkpoint
+from finitune.train.codes_journal import RUN_FOLDER_GONE
 from finitune.train.loop import record_or_halt
 from finitune.train.step import TrainPort
 from finitune.train.writer import Writer, Written
@@ -67,6 +68,8 @@ class Keeper:
     """Journals a finding and tells the observers."""
     saved: Callable[[Path, int], None]
     """Tells the observers of a checkpoint."""
+    mend: Callable[[], None] = field(default=lambda: None)
+    """Puts back what a run folder needs besides, after it has vanished. May raise OSError."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     line: int = 0
     last_saved: Path | None = None
@@ -84,6 +87,11 @@ class Keeper:
     def __post_init__(self) -> None:
         self._writer = Writer(background=self.settings.background)
         self._candidates = [p for p in checkpoint.listed(self.run_dir) if not checkpoint.is_trusted(p)]
+
+    @property
+    def busy(self) -> bool:
+        """A checkpoint is being written."""
+        return self._writer.busy
 
     def recall(self) -> None:
         """Take what an earlier session of the run left: how often it went back, its best held-out loss.
@@ -103,8 +111,7 @@ class Keeper:
         started_s = time.perf_counter()
         self.settle(wait=True)
         try:
-            # The journal goes first: a checkpoint is never ahead of it.
-            self.journal.sync()
+            self._sync_journal()
         except OSError as error:
             self._failed(Written(step, None, error))
         else:
@@ -114,6 +121,16 @@ class Keeper:
         if not self._writer.background:
             self.settle()
         self.stall_s += time.perf_counter() - started_s
+
+    def _sync_journal(self) -> None:
+        """The journal goes first: a checkpoint is never ahead of it. Raises OSError."""
+        try:
+            self.journal.sync()
+        except FileNotFoundError:
+            # The run folder was taken away. Where it is back, or stands anew, the run goes on in it.
+            self.journal.reopen()
+            self.mend()
+            self.journal.sync()
 
     def _content(self) -> checkpoint.Content:
         """A copy of the state, or (no memory, or nobody works beside us) the live tensors."""
@@ -172,6 +189,12 @@ class Keeper:
             return
         distance = 1 if self._retry is None else self._retry.distance_steps * 2
         self._retry = _Retry(self.port.state.step + distance, distance)
+        if not self.run_dir.is_dir():
+            pending = bytes_text(self.journal.pending_bytes)
+            self.found(
+                RUN_FOLDER_GONE.find(str(self.run_dir), path=str(self.run_dir), error=str(error), pending=pending)
+            )
+            return
         self.found(
             SAVE_RETRY.find(
                 str(target),

@@ -63,6 +63,12 @@ class Loop:
     """How often each code was found in a step."""
     step_time_s: float = 0.0
     """Seconds spent in steps, without evaluation, sampling and saving."""
+    num_transactions: int = 0
+
+    @property
+    def mean_step_s(self) -> float:
+        """Seconds a transaction took on the average; 0 before the first."""
+        return self.step_time_s / self.num_transactions if self.num_transactions else 0.0
 
     def run(self) -> bool:
         """Train to the end; True if finished, False if asked to stop. Raises Halted."""
@@ -87,6 +93,7 @@ class Loop:
         action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=scale_left)
         time_s = port.elapsed_s()
         self.step_time_s += time_s
+        self.num_transactions += 1
         self._record(outcome, action, time_s)
         self._settle(outcome, action)
         event = StepEvent(

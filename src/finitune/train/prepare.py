@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from finitune.core import registry
-from finitune.core.errors import raise_all
+from finitune.core.errors import UserError, raise_all
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
@@ -28,6 +29,7 @@ from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
 from finitune.train import memory, optim, plan
+from finitune.train.codes_journal import NO_PARQUET
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_checks import notes
 from finitune.train.recipe_io import resolved_precision
@@ -61,7 +63,7 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
 
     Raises UserError or UserErrors for whatever the user can mend: model, data, precision, LoRA targets.
     """
-    raise_all(missing_packages(recipe.report_to))
+    raise_all([*missing_packages(recipe.report_to), *_no_table(recipe)])
     device = pick_device(recipe.device)
     choice = precisions.choose(resolved_precision(recipe), device)
     loaded = _load_model(recipe, choice.precision, device, checkpoint)
@@ -88,6 +90,13 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
         train_set.digest,
         snapshots,
     )
+
+
+def _no_table(recipe: Recipe) -> list[UserError]:
+    """The package for the journal's table is looked for before training, not after it."""
+    if not recipe.journal_parquet or find_spec("pyarrow") is not None:
+        return []
+    return [UserError(NO_PARQUET, "journal_parquet", path="steps.parquet", package="pyarrow")]
 
 
 def _load_model(recipe: Recipe, precision: Any, device: torch.device, checkpoint: Path | None) -> Loaded:

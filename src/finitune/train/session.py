@@ -15,12 +15,15 @@ from finitune.core.errors import Halted
 from finitune.core.files import write_atomic
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
+from finitune.core.units import bytes_text
 from finitune.engine.codes import EVAL_NOT_FINITE, FINAL_SAVE_FAILED, INTERRUPTED
 from finitune.engine.codes_time import STOPPED_UNSAVED
 from finitune.engine.judge import Judge
 from finitune.engine.policy import Policy
 from finitune.models.save import save_model
 from finitune.train import checkpoint, folder
+from finitune.train.codes_journal import JOURNAL_WAITS
+from finitune.train.compact import to_parquet
 from finitune.train.evaluate import evaluate
 from finitune.train.keeper import Keeper, KeepSettings
 from finitune.train.loop import Due, Loop, record_or_halt
@@ -30,6 +33,8 @@ from finitune.train.result import RunResult, peak_memory_bytes, versions
 from finitune.train.sampling import Sampler
 from finitune.train.signals import StopRequest, listening
 from finitune.train.time_machine import TimeMachine
+
+TABLE_FILE = "steps.parquet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +63,8 @@ class Session:
         self.evals: list[EvalEvent] = []
         self.samples: list[SampleEvent] = []
         self.train_time_s = 0.0
+        self.journal_waits = False
+        self.recipe_bytes = (run_dir / folder.RECIPE_FILE).read_bytes()
         port = prepared.port
         self.sampler = Sampler(port.parts, prepared.tokenizer, prepared.recipe.sample, self._sampled)
         self.keeper = self._keeper()
@@ -84,9 +91,26 @@ class Session:
         if monitor is not None:
             monitor.close()
         result = self._sum_up(status, halted)
-        self.journal.close()
-        self.start.close()
+        self._close()
+        if self.prepared.recipe.journal_parquet:
+            self._compact()
         return result
+
+    def _compact(self) -> None:
+        """The steps as a table beside the journal."""
+        target = self.run_dir / TABLE_FILE
+        try:
+            to_parquet(self.journal.path, target)
+        except OSError as error:
+            self.observers.tell("finding", checkpoint.save_failure(target, error, self.journal.path.stat().st_size))
+
+    def _close(self) -> None:
+        """The journal last; what the disk does not take even now is said, and lost."""
+        try:
+            self.journal.close()
+        except OSError as error:
+            self.observers.tell("finding", checkpoint.save_failure(self.journal.path, error, self.journal.abandon()))
+        self.start.close()
 
     def _train(self, stop: StopRequest) -> bool:
         recipe, port = self.prepared.recipe, self.prepared.port
@@ -104,7 +128,7 @@ class Session:
                 Due(recipe.sample.every_steps, self._sample),
                 Due(recipe.save_steps, self.keeper.save),
             ),
-            after_step=lambda step: self._after_step(step, loop.step_time_s),
+            after_step=lambda step: self._after_step(step, loop.mean_step_s),
             stop_requested=stop,
             counts=self.counts,
         )
@@ -158,11 +182,35 @@ class Session:
         port = self.prepared.port
         checkpoint.refuse_non_finite(port.state_tensors(), str(self.run_dir), port.state.step)
 
-    def _after_step(self, step: int, step_time_s: float) -> None:
+    def _after_step(self, step: int, step_s: float) -> None:
         """Look after checkpoints, snapshots and the journal."""
+        self._watch_journal(step)
         self.keeper.after_step(step)
-        for finding in self.machine.after_step(step_time_s):
+        for finding in self.machine.after_step(step_s):
             self._found(finding)
+
+    def _watch_journal(self, step: int) -> None:
+        """Say once that the disk does not take the journal; it is tried again at every record."""
+        fault, told = self.journal.fault, self.journal_waits
+        self.journal_waits = fault is not None
+        if fault is not None and not told:
+            self._found(
+                JOURNAL_WAITS.find(
+                    str(self.journal.path),
+                    path=str(self.journal.path),
+                    error=str(fault),
+                    pending=bytes_text(self.journal.pending_bytes),
+                    step=step,
+                    limit=bytes_text(self.journal.max_pending_bytes),
+                    free=checkpoint.free_text(self.journal.path),
+                )
+            )
+
+    def _mend(self) -> None:
+        """The recipe stands in the folder again."""
+        path = self.run_dir / folder.RECIPE_FILE
+        if not path.exists():
+            write_atomic(path, self.recipe_bytes)
 
     def _evaluate(self, step: int) -> None:
         if not self.prepared.eval_batches:
@@ -203,6 +251,7 @@ class Session:
             ),
             found=self._found,
             saved=lambda path, step: self.observers.tell("save", str(path), step),
+            mend=self._mend,
             facts=self.start.facts,
             last_saved=self.start.point,
         )

@@ -28,19 +28,19 @@ class TimeMachine:
         self.prepared, self.journal, self.run_dir = prepared, journal, run_dir
         self.port = prepared.port
         self.ring = prepared.snapshots.ring(prepared.recipe)
-        self.timeline = Timeline(self.port, journal.path, self.ring, self._stored)
+        self.timeline = Timeline(self.port, journal.path, self.ring, self._stored, journal.waiting)
         self.shadow: Snapshot | None = None
         """The state before the step at hand, where the recipe asks for it."""
         self.digest_s = 0.0
         """Seconds spent on journalled digests."""
         self._shadow_buffers = Buffers() if prepared.snapshots.shadow else None
 
-    def after_step(self, step_time_s: float) -> list[Finding]:
-        """Take the snapshot and journal the digest that are due; ``step_time_s``: all steps so far together."""
+    def after_step(self, step_s: float) -> list[Finding]:
+        """Take the snapshot and journal the digest that are due; ``step_s``: what a step takes on the average."""
         state, findings = self.port.state, []
         snapshot = None
         if self.ring.due(state.step):
-            snapshot = self.ring.take(self.port, step_time_s / max(1, state.attempt))
+            snapshot = self.ring.take(self.port, step_s)
             if snapshot is None:
                 findings.append(self._out_of_memory())
         if state.step % self.prepared.recipe.snapshots.digest_steps == 0:
