@@ -57,9 +57,9 @@ def test_every_help_page_speaks_the_language_of_the_reader(cli, page, language):
 
 
 OPTIONS = {
-    "train": ["arguments", "resume", "dry_run"],
+    "train": ["arguments", "resume", "allow_changes", "dry_run"],
     "chat": ["path", "prompt", "system", "max_new_tokens", "temperature", "top_p", "seed", "device"],
-    "export": ["source", "out", "layout", "dtype", "overwrite"],
+    "export": ["source", "out", "layout", "dtype", "step", "overwrite"],
     "explain": ["code"],
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -43,12 +44,13 @@ def export(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="cli.export.out")],
     layout: Annotated[Layout, typer.Option(help="cli.export.layout")] = Layout.HF,
     dtype: Annotated[Dtype, typer.Option(help="cli.export.dtype")] = Dtype.FP32,
+    step: Annotated[int | None, typer.Option("--step", min=0, metavar="N", help="cli.export.step")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="cli.export.overwrite")] = False,
 ) -> Outcome:
     """Merge and write."""
-    path = model_of(source)
+    path = source if step is not None else model_of(source)
     check_output(Path(path), out, overwrite=overwrite)
-    record = _export(path, out, layout, dtype)
+    record = _export(path, out, layout, dtype, step)
     return Outcome((Raw(text("cli.export.done", path=out)),), record)
 
 
@@ -79,7 +81,15 @@ def _os_errors(out: Path) -> Iterator[None]:
         raise UserError(OUTPUT_UNSUITABLE, str(out), path=str(out), problem=str(error)) from error
 
 
-def _export(path: str, out: Path, layout: Layout, dtype: Dtype) -> dict[str, Any]:
+def _export(path: str, out: Path, layout: Layout, dtype: Dtype, step: int | None) -> dict[str, Any]:
+    if step is None:
+        return _merged(path, out, layout, dtype)
+    with tempfile.TemporaryDirectory() as scratch:
+        reached = _save_step(path, step, Path(scratch) / "model")
+        return _merged(str(Path(scratch) / "model"), out, layout, dtype) | reached
+
+
+def _merged(path: str, out: Path, layout: Layout, dtype: Dtype) -> dict[str, Any]:
     import torch
 
     from finitune.models.opening import load_any
@@ -92,3 +102,14 @@ def _export(path: str, out: Path, layout: Layout, dtype: Dtype) -> dict[str, Any
         save_model(model, loaded.tokenizer, out, family=loaded.family, layout=layout.value)
     num_parameters = sum(p.numel() for p in model.parameters())
     return {"path": str(out), "layout": layout.value, "dtype": dtype.value, "num_parameters": num_parameters}
+
+
+def _save_step(run: str, step: int, folder: Path) -> dict[str, Any]:
+    """Write a run's model as it was after ``step`` batches; how that state was reached."""
+    from finitune.models.save import save_model
+    from finitune.train.model_at import model_at
+
+    found = model_at(run, step)
+    parts, arrival = found.prepared.port.parts, found.arrival
+    save_model(parts.model, found.prepared.tokenizer, folder, family=parts.family)
+    return {"step": step, "base_step": arrival.base_step, "num_redone": arrival.num_redone}
