@@ -27,6 +27,22 @@ def command(*arguments: str) -> str:
     return f"import sys; sys.argv = ['finitune', *{list(arguments)!r}]; from finitune.cli.main import main; main()"
 
 
+RUNS = """
+import json, os, tempfile
+home = tempfile.TemporaryDirectory()
+run = os.path.join(home.name, "run")
+os.makedirs(os.path.join(run, "checkpoint-1"))
+with open(os.path.join(run, "journal.jsonl"), "w") as handle:
+    for record in ({"kind": "start", "total_steps": 2}, {"kind": "step", "step": 1, "findings": [{"code": "NUM001"}]}):
+        handle.write(json.dumps(record) + "\\n")
+"""
+
+
+def runs(*arguments: str) -> str:
+    """A program that makes a run and shows it, or the folder it is in."""
+    return RUNS + command("runs", "RUN", *arguments).replace("'RUN'", "run")
+
+
 LIGHT = {
     "all codes": CODES,
     "all detectors": DETECTORS,
@@ -34,6 +50,9 @@ LIGHT = {
     "finitune --help": command("--help"),
     "finitune explain CODE": command("explain", "NUM001"),
     "finitune explain": command("explain"),
+    "finitune runs RUN": runs(),
+    "finitune runs RUN --verify --json": runs("--verify", "--json"),
+    "finitune runs DIR": RUNS + command("runs", "DIR").replace("'DIR'", "home.name"),
 }
 
 
@@ -75,6 +94,8 @@ def test_the_light_programs_do_their_work() -> None:
     done = subprocess.run([sys.executable, "-c", LIGHT["finitune explain CODE"]], capture_output=True, text=True)
     assert done.returncode == 0
     assert "NUM001" in done.stdout
+    done = subprocess.run([sys.executable, "-c", LIGHT["finitune runs RUN"]], capture_output=True, text=True)
+    assert "NUM001" in done.stdout, done.stderr
 
 
 # ---- the meta-tests ----

@@ -7,8 +7,8 @@ rotate      never removes the last trusted one, the candidate that will be trust
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finitune.core import journal
+from finitune.core.files import remove_folder
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
@@ -225,7 +226,7 @@ class Keeper:
         if ripe:
             self.rotate()
             for path in self.run_dir.glob(f"{ABANDONED}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(path)
 
     def evaluated(self, step: int, loss: float) -> None:
         """Take a held-out loss into account; NaN never is the best."""
@@ -238,7 +239,7 @@ class Keeper:
         kept = self._kept(here)
         for path in here:
             if path not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                _discard(path)
                 self._candidates = [p for p in self._candidates if p != path]
 
     def _kept(self, here: list[Path]) -> set[Path]:
@@ -268,6 +269,12 @@ class Keeper:
         for path in [p for p in checkpoint.listed(self.run_dir) if step_in(p) > step]:
             path.rename(free_name(path.with_name(f"{ABANDONED}{self.line}-{path.name}")))
             self._candidates = [p for p in self._candidates if p != path]
+
+
+def _discard(path: Path) -> None:
+    """Remove a checkpoint; where the disk does not let us it stays, and is tried again at the next rotation."""
+    with contextlib.suppress(OSError):
+        remove_folder(path)
 
 
 def free_name(path: Path) -> Path:

@@ -53,7 +53,9 @@ class TimeMachine:
         started_s = time.perf_counter()
         state = self.port.state
         mark = snapshot.mark if snapshot else fingerprint(self.port.state_tensors(), self.port.state_record())
-        record_or_halt(self.journal, "state", step=state.step, attempt=state.attempt, mark=mark.to_json())
+        total = self.prepared.plan.total_steps
+        facts = {"step": state.step, "attempt": state.attempt, "total_steps": total}
+        record_or_halt(self.journal, "state", **facts, mark=mark.to_json())
         self.digest_s += time.perf_counter() - started_s
 
     def _out_of_memory(self) -> Finding:

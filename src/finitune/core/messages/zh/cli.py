@@ -36,8 +36,7 @@ TEXTS = {
     "cli.recipes.dest": "要写入的文件或目录；省略时为当前目录下的 NAME.yaml。",
     "cli.recipes.force": "覆盖已有文件。",
     "cli.recipes.copied": "已写入 {path}。训练：finitune train {path}",
-    "cli.runs.help": "列出各次训练及其状态，或显示一次训练的详情。\n\n"
-    "意外终止或被中断的训练会附上继续训练的命令。",
+    "cli.runs.help": "列出各次训练及其状态，或显示一次训练的详情。\n\n意外终止或被中断的训练会附上继续训练的命令。",
     "cli.runs.path": "含有多次训练的目录、一次训练的目录，或 latest；省略时为目录 runs。",
     "cli.runs.verify": "比较该训练所有检查点文件的摘要，而不只是大小。",
     "cli.runs.parquet": "把该训练的各步写入这个 parquet 文件。",
