@@ -24,15 +24,16 @@ class Trainer:
     status: str = "finished"
     calls: list = field(default_factory=list)
 
-    def train_run(self, recipe, *, resume=None, observers=(), name="run"):
-        self.calls.append(SimpleNamespace(recipe=recipe, resume=resume, observers=observers, name=name))
+    def train_run(self, recipe, *, resume=None, allow_changes=False, observers=(), name="run"):
+        asked = {"resume": resume, "allow_changes": allow_changes}
+        self.calls.append(SimpleNamespace(recipe=recipe, observers=observers, name=name, **asked))
         halted = "NUM001 the loss is not finite" if self.status == "halted" else None
         return SimpleNamespace(
             exit_code=3 if halted else 0, halted=halted, run_dir="runs/x", to_json=lambda: {"status": self.status}
         )
 
-    def plan_run(self, recipe):
-        self.calls.append(SimpleNamespace(recipe=recipe))
+    def plan_run(self, recipe, *, resume=None, allow_changes=False):
+        self.calls.append(SimpleNamespace(recipe=recipe, resume=resume, allow_changes=allow_changes))
         derived = (SimpleNamespace(name="device", value="cpu", why="the only one"),)
         plan = SimpleNamespace(
             derived=derived, total_steps=60, step_s=1.5, memory_bytes=2**30, available_bytes=2**31, facts={"n": 1}
@@ -99,6 +100,48 @@ def test_resume_takes_the_stored_recipe(cli, trainer, tmp_path):
 def test_resume_with_a_recipe_takes_that_recipe(cli, trainer):
     cli("train", "quickstart", "--resume", "somewhere")
     assert trainer.calls[0].recipe == load_recipe("quickstart")
+
+
+def stored_run(folder, recipe):
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return str(folder)
+
+
+def test_changes_are_allowed_only_together_with_resume(cli, trainer, tmp_path):
+    run = stored_run(tmp_path / "a", Recipe(seed=5))
+    ran = cli("train", "--allow-changes")
+    assert (ran.code, trainer.calls) == (2, [])
+    assert ran.err.startswith("CFG060")
+    assert "--resume" in ran.err
+    assert "--resume" in cli("train", "--allow-changes", "--lang", "zh").err
+    cli("train", "--resume", run, "--allow-changes", "seed=6")
+    cli("train", "--resume", run, "seed=6")
+    assert [c.allow_changes for c in trainer.calls] == [True, False]
+    assert trainer.calls[0].recipe.seed == 6
+
+
+def test_epochs_given_with_resume_win_over_the_stored_number_of_steps(cli, trainer, tmp_path):
+    run = stored_run(tmp_path / "a", Recipe(max_steps=7))
+    cli("train", "--resume", run, "num_train_epochs=3")
+    cli("train", "--resume", run, "num_train_epochs=3", "max_steps=9")
+    assert [(c.recipe.num_train_epochs, c.recipe.max_steps) for c in trainer.calls] == [(3.0, -1), (3.0, 9)]
+
+
+def test_a_dry_run_of_a_resume_asks_for_the_plan_of_the_resume(cli, trainer, tmp_path):
+    run = stored_run(tmp_path / "a", Recipe(seed=5))
+    assert "the only one" in cli("train", "--resume", run, "--dry-run").out
+    assert [(c.resume, c.allow_changes) for c in trainer.calls] == [(run, False)]
+    assert not hasattr(trainer.calls[0], "observers")
+
+
+def test_a_dry_run_without_a_plan_tells_the_findings_alone(cli, trainer, tmp_path, monkeypatch):
+    run = stored_run(tmp_path / "a", Recipe())
+    found = [BAD_OVERRIDE.find("here", override="x", reason="y")]
+    monkeypatch.setattr(sys.modules["finitune.train.run"], "plan_run", lambda _recipe, **_asked: (None, found))
+    assert cli("train", "--resume", run, "--dry-run").out.startswith("CFG010")
+    record = cli("train", "--resume", run, "--dry-run", "--json").record
+    assert (record["plan"], [f["code"] for f in record["findings"]]) == (None, ["CFG010"])
 
 
 def test_resume_of_nothing_is_a_user_error(cli, trainer):

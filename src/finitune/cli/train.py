@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,14 +46,17 @@ def train(
         typer.Argument(metavar="RECIPE|KEY=VALUE", help="cli.train.arguments", show_default=False),
     ] = None,
     resume: Annotated[str | None, typer.Option("--resume", metavar="RUN|latest", help="cli.train.resume")] = None,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="cli.train.allow_changes")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="cli.train.dry_run")] = False,
 ) -> Outcome:
     """Train a recipe."""
     request = sort_arguments(arguments or ())
+    if allow_changes and resume is None:
+        problem = text("resume.allow_needs_resume")
+        raise UserError(BAD_USAGE, "--allow-changes", problem=problem, command="finitune train")
     recipe = _recipe(request, resume)
-    if dry_run:
-        return _plan(recipe)
-    return _run(recipe, resume, request, ctx.obj)
+    asked = {"resume": resume, "allow_changes": allow_changes}
+    return _plan(recipe, asked) if dry_run else _run(recipe, asked, request, ctx.obj)
 
 
 def sort_arguments(arguments: Sequence[str]) -> Request:
@@ -71,16 +74,17 @@ def sort_arguments(arguments: Sequence[str]) -> Request:
 
 def _recipe(request: Request, resume: str | None) -> Recipe:
     """The recipe asked for; with ``--resume`` alone, the one stored with the run."""
-    from finitune.train.recipe_io import load_recipe
-
     if resume is None or request.recipe is not None:
+        from finitune.train.recipe_io import load_recipe
+
         return load_recipe(request.recipe, request.overrides)
-    from finitune.train.folder import RECIPE_FILE, find_run
+    from finitune.train.folder import find_place
+    from finitune.train.past import stored_recipe
 
-    return load_recipe(str(find_run(resume) / RECIPE_FILE), request.overrides)
+    return stored_recipe(find_place(resume), request.overrides)
 
 
-def _run(recipe: Recipe, resume: str | None, request: Request, session: Session) -> Outcome:
+def _run(recipe: Recipe, asked: Mapping[str, Any], request: Request, session: Session) -> Outcome:
     from rich.console import Console
 
     from finitune.report.live import Live
@@ -89,7 +93,7 @@ def _run(recipe: Recipe, resume: str | None, request: Request, session: Session)
 
     stem = Path(request.recipe or DEFAULT).stem
     observers = () if session.json else (Live(Console(), logging_steps=recipe.logging_steps),)
-    result = train_run(recipe, resume=resume, observers=observers, name=stem)
+    result = train_run(recipe, **asked, observers=observers, name=stem)
     return Outcome((), {"result": result.to_json()}, result.exit_code, _halts(result.halted, result.run_dir))
 
 
@@ -98,13 +102,13 @@ def _halts(message: str | None, run_dir: str) -> tuple[dict[str, str], ...]:
     return ({"code": message.split()[0], "where": run_dir, "message": message},) if message else ()
 
 
-def _plan(recipe: Recipe) -> Outcome:
+def _plan(recipe: Recipe, asked: Mapping[str, Any]) -> Outcome:
     """What is derived from the recipe, and what was found, without training."""
     from finitune.train.run import plan_run
 
-    plan, findings = plan_run(recipe)
-    payload = {"plan": plan_record(plan), "findings": [f.to_json() for f in findings]}
-    return Outcome((*plan_blocks(plan), *finding_blocks(findings)), payload)
+    plan, findings = plan_run(recipe, **asked)
+    payload = {"plan": plan_record(plan) if plan else None, "findings": [f.to_json() for f in findings]}
+    return Outcome((*(plan_blocks(plan) if plan else ()), *finding_blocks(findings)), payload)
 
 
 def finding_blocks(findings: Sequence[Finding]) -> tuple[Raw, ...]:

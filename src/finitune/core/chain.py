@@ -165,8 +165,8 @@ class _Chain:
 
     def __init__(self) -> None:
         self.last = NOTHING
-        self.unread: int | None = None
-        """The link that an unreadable line just before this one claims to have."""
+        self.unread = False
+        """The line just before cannot be read: nobody knows what it was bound to, or its link."""
         self.taken: set[int] = set()
         """Links of the checked lines so far."""
 
@@ -174,13 +174,13 @@ class _Chain:
         """What is wrong with where a readable line stands."""
         if line.prev is None:
             return Reason.UNCHECKED if self.taken else None
-        if line.prev in (self.last, self.unread):
+        if line.prev == self.last:
             return None
         if line.link in self.taken:
             return Reason.REPEATED
         if line.prev in self.taken:
             return Reason.MISPLACED
-        if self.unread is not None:  # what is missing is that unreadable line, which was named already
+        if self.unread:  # what is missing is that unreadable line, which was named already
             return None
         if following is not None and following.prev == self.last:
             return Reason.MISPLACED
@@ -188,7 +188,7 @@ class _Chain:
 
     def take(self, line: Line) -> None:
         """``line`` is part of the chain."""
-        self.last, self.unread = line.link, None
+        self.last, self.unread = line.link, False
         if line.prev is not None:
             self.taken.add(line.link)
 
@@ -206,7 +206,7 @@ def checked(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | Damage]:
             if following is None and line.torn_if_last:
                 return
             assert line.reason is not None
-            chain.unread = line.link
+            chain.unread = True
             yield Damage(count, line.reason)
             continue
         reason = chain.place(line, following)
