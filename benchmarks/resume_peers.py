@@ -165,7 +165,7 @@ def kills(base: Path, scratch: Path) -> list[dict[str, Any]]:
 
 
 def _num_kills() -> int:
-    return int(sys.argv[sys.argv.index("--kills") + 1]) if "--kills" in sys.argv else 24
+    return int(sys.argv[sys.argv.index("--kills") + 1]) if "--kills" in sys.argv else 21
 
 
 def damage(base: Path, scratch: Path) -> list[dict[str, Any]]:

@@ -212,13 +212,14 @@ def test_a_rollback_of_a_rollback(run: Run) -> None:
     run.refused(8)
 
 
-@pytest.mark.parametrize("precision", ["fp16-emulated", "bf16-emulated", "bf16-pure"])
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_other_formats_and_adapters_with_dropout_come_out_again(tmp_path: Path, precision: str, kind: str) -> None:
-    lora = ("lora={r: 2, lora_dropout: 0.2}",) if kind == "lora" else ()
-    run = run_of(tmp_path, f"precision={precision}", *lora, "gradient_accumulation_steps=2")
-    run.to(7, snapshots=(3,), checkpoints=(2,))
-    for step in (0, 1, 2, 4, 7):
+LORA = "lora={r: 2, lora_dropout: 0.2}"
+
+
+@pytest.mark.parametrize("overrides", [("precision=fp16-emulated", LORA), ("precision=bf16-pure",)], ids=str)
+def test_other_formats_and_adapters_with_dropout_come_out_again(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    run = run_of(tmp_path, *overrides, "gradient_accumulation_steps=2")
+    run.to(7, snapshots=(4,), checkpoints=(2,))
+    for step in (1, 3, 5):
         assert bits_of(run.machine.state_at(step)) == run.truth[step]
 
 
@@ -511,15 +512,21 @@ def test_a_journal_that_has_vanished_is_said_and_changes_nothing(run: Run) -> No
         assert bits(run.prepared) == before
 
 
-@pytest.mark.parametrize("mark", [None, 5, "text", [], {}, {"digest": 1}, {"tensors": None}])
-def test_a_journalled_digest_that_is_none_raises_nothing_but_what_was_promised(run: Run, mark: Any) -> None:
+@pytest.mark.parametrize("mark", [None, 5, "text", []])
+def test_a_journalled_digest_that_is_no_record_is_left_out(run: Run, mark: Any) -> None:
     run.to(3, snapshots=(2,))
     run.loop.journal.write("state", step=3, attempt=3, mark=mark)
     run.to(6)
-    try:
-        assert run.go(5).step == 5
-    except Unreachable as error:
-        assert error.finding.code == "NUM120"
+    assert run.go(5).step == 5
+
+
+@pytest.mark.parametrize("mark", [{}, {"digest": 1}, {"digest": "x", "tensors": None}])
+def test_a_journalled_digest_of_another_kind_cannot_be_confirmed(run: Run, mark: Any) -> None:
+    run.to(3, snapshots=(2,))
+    run.loop.journal.write("state", step=3, attempt=3, mark=mark)
+    run.to(6)
+    finding = run.refused(5).finding
+    assert (finding.code, finding.data["what"]) == ("NUM120", "(digest)")
 
 
 @contextmanager
@@ -633,7 +640,6 @@ def test_a_state_is_compared_with_its_own_mark(run: Run) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_hooks_left() -> Iterator[None]:
-    """The global generator is nobody's: what was drawn from it must not matter."""
+def _drawn() -> None:
+    """Whatever the global generator did before must not matter."""
     torch.rand(3)
-    yield

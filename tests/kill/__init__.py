@@ -12,8 +12,11 @@
     damage.py          files that are torn, flipped, swapped, forged
     report.py          the table at the end
 
-By default a slice of every kind runs. ``FINITUNE_KILL=all`` runs the whole matrix (marker ``kill``), ``FINITUNE_KILL=0.1``
-a random tenth of it, and ``FINITUNE_KILL_REPORT=FILE.md`` keeps its table. ``FINITUNE_KILL_SEED=2`` draws other random
-choices, ``FINITUNE_KILL_JOBS=1`` uses one server instead of two, and ``FINITUNE_KILL_TRIAL='{...}'`` runs the one trial
-that a failure has printed.
+By default a slice of every kind runs. Environment variables ask for more (all tests here have the marker ``kill``):
+
+    FINITUNE_KILL=all          the whole matrix; 0.1: a random tenth of it
+    FINITUNE_KILL_REPORT=FILE  keep its table, in Markdown
+    FINITUNE_KILL_SEED=2       other random choices
+    FINITUNE_KILL_JOBS=1       one fork server instead of two
+    FINITUNE_KILL_TRIAL={...}  the one trial that a failure has printed
 """

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,31 +103,32 @@ def _seeds(kind: str, seeds: range) -> range:
     return seeds if kind in ("truncate", "flip", "drop", "exchange", "garbage", "zeros") else range(1)
 
 
-def apply(damage: Damage, run_dir: Path) -> bool:
-    """Do it; False where it would change nothing (two equal files swapped)."""
+def changes(damage: Damage, run_dir: Path) -> bool:
+    """Whether it changes anything: two equal files can be swapped unseen."""
+    *_, other, newest = checkpoints(run_dir)
+    swapped = damage.kind in ("swap", "forge-swap") and damage.file != "folders"
+    return not swapped or (newest / damage.file).read_bytes() != (other / damage.file).read_bytes()
+
+
+def apply(damage: Damage, run_dir: Path) -> None:
+    """Do it."""
     *_, other, newest = checkpoints(run_dir)
     chance = random.Random(str(damage))
     if damage.file == "folders":
         _exchange(newest, other)
-        return True
+        return
     path = (run_dir if damage.in_journal or damage.in_recipe else newest) / damage.file
     if damage.kind in ("add", "forge-add"):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(_harmful())
     elif damage.kind in ("swap", "forge-swap"):
-        if path.read_bytes() == (other / damage.file).read_bytes():
-            return False
         _exchange(path, other / damage.file)
         if damage.kind == "forge-swap":
             _agree(other)
     else:
-        before = path.read_bytes()
-        _JOURNAL_CHANGES.get(damage.kind, _CHANGES.get(damage.kind, _no_change))(path, chance, damage.seed)
-        if path.is_file() and not path.is_symlink() and path.read_bytes() == before:
-            return False
+        _CHANGES[damage.kind](path, chance, damage.seed)
     if damage.kind.startswith("forge"):
         _agree(newest)
-    return True
 
 
 def _agree(folder: Path) -> None:
@@ -147,19 +149,18 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
+_WITNESS = Path(tempfile.gettempdir()) / "finitune-was-unpickled"
+
+
 class _Executed:
     """Touches a file when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (Path(os.environ.get("TMPDIR", "/tmp")) / "finitune-was-unpickled",)  # noqa: S108
+        return Path.touch, (_WITNESS,)
 
 
 def _harmful() -> bytes:
     return pickle.dumps(_Executed())
-
-
-def _no_change(path: Path, chance: random.Random, seed: int) -> None:
-    raise AssertionError("an unknown kind of damage")
 
 
 def _truncate(path: Path, chance: random.Random, seed: int) -> None:
@@ -194,7 +195,7 @@ def _link(path: Path, chance: random.Random, seed: int) -> None:
     path.symlink_to("nowhere")
 
 
-_CHANGES: dict[str, Callable[[Path, random.Random, int], None]] = {
+_CHANGES: dict[str, Callable[[Path, random.Random, int], object]] = {
     "truncate": _truncate,
     "forge-truncate": _truncate,
     "flip": _flip,
@@ -203,10 +204,10 @@ _CHANGES: dict[str, Callable[[Path, random.Random, int], None]] = {
     "grow": _grow,
     "folder": _folder,
     "link": _link,
-    "empty": lambda path, chance, seed: path.write_bytes(b"") and None,
+    "empty": lambda path, chance, seed: path.write_bytes(b""),
     "delete": lambda path, chance, seed: path.unlink(),
-    "pickled": lambda path, chance, seed: path.write_bytes(_harmful()) and None,
-    "forge-pickled": lambda path, chance, seed: path.write_bytes(_harmful()) and None,
+    "pickled": lambda path, chance, seed: path.write_bytes(_harmful()),
+    "forge-pickled": lambda path, chance, seed: path.write_bytes(_harmful()),
 }
 
 
@@ -240,7 +241,7 @@ def _in_lines(change: Callable[[list[bytes], int], list[bytes]]) -> Callable[[Pa
     return changed
 
 
-_JOURNAL_CHANGES = {
+_CHANGES |= {
     "drop": _in_lines(_drop),
     "repeat": _in_lines(_repeat),
     "exchange": _in_lines(_exchange_lines),
@@ -251,5 +252,4 @@ _JOURNAL_CHANGES = {
 
 def was_unpickled() -> bool:
     """Whether one of the harmful files has been executed."""
-    return (Path(os.environ.get("TMPDIR", "/tmp")) / "finitune-was-unpickled").exists()  # noqa: S108
-
+    return _WITNESS.exists()

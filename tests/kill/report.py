@@ -13,6 +13,13 @@ from kill.trials import Outcome
 
 OUTCOMES: list[Outcome] = []
 """Of this session, in the order they were done."""
+_INTRODUCTION = (
+    "Every trial is a run of a tiny model that is killed, stopped, or let down by its disk or its files, and resumed "
+    "until it finishes. *Bit-equal*: every journalled step and state digest, the trained weights, and the weights, "
+    "moments and state of the last checkpoint are those of the run that nobody touched. *Unreadable checkpoints*: "
+    "folders with the name of a checkpoint that do not agree with their manifest, looked for after every process. "
+    "*Left behind*: trials after which half-written files were still there."
+)
 _HEAD = (
     "configuration",
     "kind",
@@ -56,10 +63,7 @@ def as_markdown(time_s: float) -> str:
     lines = [
         "# Kill matrix",
         "",
-        "Every trial is a run of a tiny model that is killed, stopped, or let down by its disk or its files, and resumed "
-        "until it finishes. *Bit-equal*: every journalled step and digest, the trained weights, the moments and the "
-        "training state are those of the run that nobody touched. *Unreadable*: a folder with the name of a checkpoint "
-        "that does not agree with its manifest, looked for after every process.",
+        _INTRODUCTION,
         "",
         f"{today}, {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}; "
         f"{time_s / 60:.0f} minutes. `FINITUNE_KILL=all python -m pytest tests/kill`.",

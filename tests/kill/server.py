@@ -37,7 +37,7 @@ def preload() -> None:
     import finitune.train.plan
     import finitune.train.run
     import kill.child
-    import kill.configurations  # noqa: F401
+    import kill.configurations
     import kill.watching  # noqa: F401
 
     # A quarter of a second a run for the guess how long it will take: not what is tried here.

@@ -49,7 +49,7 @@ def test_a_run_asked_to_stop_comes_to_the_same_end_and_does_nothing_twice(benche
 
 
 def test_what_a_death_leaves_is_loaded_by_transformers_and_peft(benches: Benches, pool) -> None:
-    made, server = benches.of(list(CONFIGURATIONS) if plans.FULL else plans.EVERY_PLACE), pool.servers[0]
+    made, server = benches.of(list(CONFIGURATIONS) if plans.FULL else plans.DAMAGED), pool.servers[0]
     homes = [bench.template(server, name) for bench in made for name in ("early", "late")]
     folders = [str(folder) for home in homes for folder in checkpoints(home / "run")]
     reply = server.ask("load", folders=folders)

@@ -48,8 +48,10 @@ class Trial:
     @property
     def lasting(self) -> bool:
         """The disk recovers only when the first process has ended."""
-        return bool(self.disk) or any(f.get("count") is None for f in self.faults) or (
-            self.file_limit is not None and self.file_limit.get("until_step") is None
+        return (
+            bool(self.disk)
+            or any(f.get("count") is None for f in self.faults)
+            or (self.file_limit is not None and self.file_limit.get("until_step") is None)
         )
 
     def how_to_repeat(self) -> str:
@@ -131,7 +133,9 @@ def _processes(server: Server, trial: Trial, home: Path, outcome: Outcome) -> No
             break
 
 
-def go_on(server: Server, trial: Trial, home: Path, outcome: Outcome, *, resume: bool, **request: Any) -> dict[str, Any]:
+def go_on(
+    server: Server, trial: Trial, home: Path, outcome: Outcome, *, resume: bool, **request: Any
+) -> dict[str, Any]:
     """One process: start, or resume what is there, or begin anew what had not yet begun to be a run."""
     request = {"configuration": trial.configuration, "home": str(home)} | request
     reply = server.ask("train", resume=resume, **request)

@@ -24,7 +24,9 @@ def judge(outcome: Outcome, truth: Truth, run: Path) -> None:
     """After deaths and a failing disk: the same end, nothing torn, nothing left behind."""
     last, first, trial = outcome.replies[-1], outcome.replies[0], outcome.trial
     if last["status"] != "finished":
-        outcome.faults.append(f"did not come to an end: {last['status']} {last.get('text') or last.get('halted') or ''}")
+        outcome.faults.append(
+            f"did not come to an end: {last['status']} {last.get('text') or last.get('halted') or ''}"
+        )
         return
     found = differences(truth, run)
     if first["status"] == "finished" and first.get("findings", {}).get(SAVE_FAILED):
@@ -66,9 +68,7 @@ def _done_twice(run: Path) -> list[str]:
 
 def judge_refusal(outcome: Outcome, what: Damage, before: Mapping[str, str], after: Mapping[str, str]) -> None:
     """A resume that is refused changes nothing (but may sweep); only some damages may lead to one."""
-    changed = {
-        name for name in {*before, *after} if before.get(name) != after.get(name) and not name.startswith(".")
-    }
+    changed = {name for name in {*before, *after} if before.get(name) != after.get(name) and not name.startswith(".")}
     if changed:
         outcome.faults.append(f"a refused resume changed the folder: {sorted(changed)}")
     text = outcome.replies[-1]["text"]

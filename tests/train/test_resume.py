@@ -339,6 +339,7 @@ def test_what_does_not_fit_the_checkpoint_is_refused_always(tmp_path, kind, over
     if override in ("lora.r=4", "lora={r: 4}"):
         message = refused(run, override, "learning_rate=5e-4")
         assert ("SYS021" in message, "SYS020" in message) == (True, True)
+        assert "is compared once this fits" in message
 
 
 def test_a_base_model_that_was_trained_on_meanwhile_is_another_model(tmp_path):

@@ -207,7 +207,7 @@ def test_a_full_disk_at_the_end_halts_and_names_the_last_checkpoint(tmp_path: Pa
     from finitune.train import session as sessions
 
     session = open_run(tiny_recipe(tmp_path, "max_steps=3"))
-    monkeypatch.setattr(sessions, "save_model", full_disk)
+    monkeypatch.setattr(sessions, "write_model", full_disk)
     result = session.run()
     assert (result.status, result.exit_code) == ("halted", 3)
     assert "SYS002" in result.halted

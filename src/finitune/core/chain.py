@@ -84,6 +84,11 @@ def _json(record: Mapping[str, Any]) -> bytes:
         return _ASCII_ENCODER.encode(encode(record)).encode()
 
 
+def crc_end(link: str) -> bytes:
+    """How a line with this checksum (8 hexadecimal digits) ends."""
+    return b', "crc": "%s"}\n' % link.encode()
+
+
 def sealed_link(line: bytes | bytearray) -> int:
     """The link of a line, or of lines, that :func:`seal` made."""
     return int(line[-3 - 8 : -3], 16)

@@ -293,6 +293,13 @@ def torn_bytes(path: Path) -> int:
         return chain.end_of(handle, os.fstat(handle.fileno()).st_size).torn_bytes
 
 
+def holds(path: Path, link: str) -> bool:
+    """Whether a line with this checksum stands in the journal. Raises OSError where it cannot be read."""
+    end = chain.crc_end(link)
+    with path.open("rb") as handle:
+        return any(raw.endswith(end) for raw in handle)
+
+
 def tail(path: Path, num_records: int) -> list[dict[str, Any]]:
     """The last records, oldest first, without reading more of the file than they need; the damaged are passed over.
 

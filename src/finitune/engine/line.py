@@ -15,6 +15,7 @@ from finitune.core.journal import number
 from finitune.core.types import Reading, Severity
 from finitune.engine.policy import Action
 
+_HARMLESS = "harmless"
 _GRAVE = (Severity.WARNING.value, Severity.ERROR.value)
 
 
@@ -44,6 +45,8 @@ class Line:
     """Fingerprint records by the attempt they were taken after."""
     rollbacks: list[int] = field(default_factory=list)
     """The step that each rollback went to, in order."""
+    wall: int = 0
+    """The transaction at which the run last went on under other settings: what was done before it cannot be redone."""
 
     def cut(self, attempt: int) -> None:
         """Forget what came after ``attempt``."""
@@ -63,7 +66,9 @@ class Line:
         return next((a for a, e in sorted(self.events.items()) if e.reading.step == step and e.uses_batch), None)
 
     def path(self, after: int, to: int) -> list[Event] | None:
-        """The events after one transaction up to another; None where the journal has a gap there."""
+        """The events after one transaction up to another; None where the journal has a gap or a wall there."""
+        if after < min(self.wall, to):
+            return None
         found = [self.events.get(a) for a in range(after + 1, to + 1)]
         events = [e for e in found if e is not None]
         return events if len(events) == len(found) else None
@@ -88,9 +93,17 @@ def line_of(records: Iterable[Mapping[str, Any]]) -> Line:
                 line.cut(int(record["attempt"]))
                 if kind == "rollback":
                     line.rollbacks.append(int(record["to_step"]))
-        except (KeyError, TypeError, ValueError):
+                elif _changed(record):
+                    line.wall = int(record["attempt"])
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
     return line
+
+
+def _changed(record: Mapping[str, Any]) -> bool:
+    """Whether a run went on with something that the numbers of a step may depend on."""
+    changes = record.get("facts", {}).get("changes", ())
+    return any(change.get("kind") != _HARMLESS for change in changes)
 
 
 def event_of(record: Mapping[str, Any]) -> Event:

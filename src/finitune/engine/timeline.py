@@ -30,6 +30,8 @@ from finitune.engine.port import Port
 from finitune.engine.snapshot import Snapshot, SnapshotRing, as_snapshot
 from finitune.numerics.fingerprint import fingerprint, first_difference
 
+_NO_WAY = "no state before it is left, the journal has a gap, or settings were changed since"
+
 
 class Base(Protocol):
     """A stored state: a snapshot, a checkpoint, the start of the run."""
@@ -128,7 +130,7 @@ class Timeline:
                 self._check(line, event.attempt)
             num_redone = sum(e.action is Action.PROCEED for e in path)
             return Arrival(step, base.step, num_redone, tuple(findings))
-        reason = "; ".join(["no base before it is left, or the journal has a gap", *(f.where for f in findings)])
+        reason = "; ".join([_NO_WAY, *(f.where for f in findings)])
         raise Unreachable(self._unreachable(step, reason))
 
     def _bases(self, target: int) -> list[Base]:

@@ -43,8 +43,10 @@ from finitune.models.codes import (
 from finitune.models.family import Family, StateDict, family_for, known_model_types
 from finitune.models.layout import native_config
 from finitune.models.library import quiet
+from finitune.models.rope import forget_lengths
 from finitune.models.tokenizers import has_tokenizer, load_tokenizer, size_findings
 from finitune.models.weights import Scan, listing, read_state, scan, shown, weight_files
+from finitune.numerics.seeds import generators_seeded
 
 # Buffers that old checkpoints saved and today's models compute: not worth a warning.
 _COMPUTED = ("rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
@@ -187,8 +189,7 @@ def load(
         UserError, UserErrors: all faults of the checkpoint together (codes MOD001 to MOD024).
     """
     place = resolve(name_or_path)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with generators_seeded(seed):
         if isinstance(place, str):
             loaded = _tiny(place, dtype, attn_implementation, seed)
         elif random_init:
@@ -199,6 +200,7 @@ def load(
     rows = loaded.model.get_input_embeddings().weight.shape[0]
     notes += size_findings(tokenizer, rows)
     loaded.model.to(device)
+    forget_lengths(loaded.model)
     source = loaded.name if isinstance(place, str) else name_or_path
     return _finish(loaded, tokenizer, notes, source)
 

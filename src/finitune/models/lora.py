@@ -30,6 +30,7 @@ from finitune.models.layout import bare
 from finitune.models.library import quiet
 from finitune.models.lora_fused import fuse
 from finitune.models.weights import listing, read_state, scan, shown
+from finitune.numerics.seeds import generators_seeded
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,8 +85,7 @@ def attach(model: nn.Module, settings: LoraSettings, family: Family) -> PeftMode
         ensure_weight_tying=_saves_tied(model, settings.modules_to_save),
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=_cuda_devices(model)), quiet():
-        torch.manual_seed(settings.init_seed)
+    with generators_seeded(settings.init_seed), quiet():
         wrapped = get_peft_model(model, config)
     _widen_saved_modules(wrapped)
     fuse(wrapped)
@@ -160,10 +160,6 @@ def _saves_tied(model: nn.Module, modules: tuple[str, ...]) -> bool:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     names = {key.removesuffix(".weight") for pair in tied.items() for key in pair}
     return any(_ends_with(name, module) for name in names for module in modules)
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _widen_saved_modules(model: nn.Module) -> None:

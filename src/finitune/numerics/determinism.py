@@ -1,10 +1,11 @@
 """Deterministic kernels where the device has them; what has none is collected and said.
 
 torch knows two ways to ask. Under "error" an operation without a deterministic kernel raises; under "warn" it runs
-and warns. They differ in more than that: flash, memory-efficient and cuDNN attention take their deterministic backward
-under "error" only (``aten/src/ATen/native/transformers/cuda/attention_backward.cu``), so a run that asks by "warn" does
-not repeat on any GPU. Hence a step is computed under "error" (:meth:`Kernels.compute`). Where that raises for want of a
-kernel, the step is undone, the operation is named in a finding, and from there on "warn" serves.
+and warns. They differ in more than that: flash and memory-efficient attention take their deterministic backward under
+"error" only, and only then is cuDNN's, which has none, passed over (``aten/src/ATen/native/transformers/cuda``:
+``attention_backward.cu``, ``sdp_utils.cpp``). A run that asks by "warn" repeats on no GPU with such attention. Hence a
+step is computed under "error", forward and backward (:meth:`Kernels.compute`). Where that raises for want of a kernel,
+the step is undone, the operation is named in a finding, and from there on "warn" serves.
 
 On a CPU the request costs nothing measurable and matters as well: without it ``index_put_`` with ``accumulate`` (the
 gradient of ``x[index]``) adds in whatever order its threads come.

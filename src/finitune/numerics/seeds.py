@@ -37,9 +37,6 @@ def seed_generators(run_seed: int, step: int, micro_batch: int = 0, rank: int = 
     seed_all(seed_of(run_seed, step, micro_batch, rank, stream))
 
 
-seed_torch = seed_generators
-
-
 def seed_all(seed: int) -> None:
     """Seed the global generators of torch (CPU, and the accelerator in use), Python and numpy; 0 <= seed < 2**63.
 
@@ -57,7 +54,7 @@ def seed_all(seed: int) -> None:
 
 def _seed_numpy(seed: int) -> None:
     np.random.seed([seed % _WORD, seed // _WORD])
-    if not isinstance(np.random.get_bit_generator(), np.random.MT19937):
+    if not isinstance(np.random.get_bit_generator(), np.random.MT19937):  # type: ignore[attr-defined]
         # Gaussians come in pairs; for other generators than its own, numpy keeps the second of a pair over a seeding.
         state: Any = np.random.get_state(legacy=False)
         np.random.set_state({**state, "has_gauss": 0, "gauss": 0.0})

@@ -15,6 +15,7 @@ fails leaves nothing behind and touches nothing that was there. Nothing here nee
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ STATE_FILE = "state.json"
 TRUSTED_FILE = "trusted.json"
 MANIFEST_FILE = "manifest.json"
 _JOURNAL_FILE = "journal.jsonl"
+_NUMBER = re.compile("0|[1-9][0-9]{0,17}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,8 @@ class Content:
     line: int = 0
     """How often the run had gone back when it was written."""
     facts: Mapping[str, Any] = field(default_factory=dict)
+    journal: str = ""
+    """The journal's last checksum when it was begun: a later end of the journal that lacks this line was cut."""
 
     @property
     def step(self) -> int:
@@ -72,8 +76,10 @@ class Content:
 
 def refuse_non_finite(tensors: Iterable[tuple[str, torch.Tensor]], run: str, step: int) -> None:
     """Raise Halted where a weight or moment of the state is not finite."""
-    named = list(tensors)
-    bad = bad_names([n for n, _ in named], tensor_norms([t for _, t in named]))
+    named = dict(tensors)
+    suspects = bad_names(list(named), tensor_norms(list(named.values())))
+    # The square of a finite number beyond 1.8e19 overflows a norm: only what is not finite itself is refused.
+    bad = [name for name in suspects if not bool(torch.isfinite(named[name]).all())]
     if bad:
         raise Halted(STATE_NOT_FINITE, run, count=len(bad), first=bad[0], step=step, run=run)
 
@@ -99,9 +105,8 @@ def write(content: Content, parts: Parts, tokenizer: Any, run_dir: Path) -> Path
         text = json.dumps(encode(content.record), indent=1, allow_nan=False)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
         counters = {key: content.record[key] for key in ("step", "updates", "attempt")}
-        write_manifest(
-            folder, {**counters, "line": content.line, "state_digest": digest, "facts": encode(content.facts)}
-        )
+        counters |= {"line": content.line, "journal": content.journal, "state_digest": digest}
+        write_manifest(folder, {**counters, "facts": encode(content.facts)})
     return target
 
 
@@ -129,7 +134,7 @@ def free_text(target: Path) -> str:
 
 def listed(run_dir: Path) -> list[Path]:
     """Checkpoints of a run, newest first."""
-    found = [p for p in run_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name[len(PREFIX) :].isdigit()]
+    found = [p for p in run_dir.glob(f"{PREFIX}*") if p.is_dir() and _NUMBER.fullmatch(p.name[len(PREFIX) :])]
     return sorted(found, key=lambda p: int(p.name[len(PREFIX) :]), reverse=True)
 
 
@@ -143,6 +148,9 @@ def faults_of(folder: Path) -> list[str]:
     named, written = folder.name[len(PREFIX) :], manifest.get("step")
     if str(written) != named:
         faults.append(f"{MANIFEST_FILE}: written at step {written}, but the folder is {folder.name}")
+    for key in ("step", "attempt", "line"):
+        if type(manifest.get(key)) is not int:
+            faults.append(f"{MANIFEST_FILE}: {key} is {manifest.get(key)!r}, not a number")
     return faults + [f"{name}: missing" for name in missing]
 
 
@@ -158,7 +166,7 @@ def newest_good(run_dir: Path) -> tuple[Path | None, list[Finding]]:
         if not faults and on_the_line(path, rollbacks):
             return path, findings
         if faults:
-            findings.append(CHECKPOINT_BAD.find(str(path), path=str(path), faults="; ".join(faults[:5])))
+            findings.append(CHECKPOINT_BAD.find(str(path), path=str(path), faults="; ".join(faults)))
     return None, findings
 
 

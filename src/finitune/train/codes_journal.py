@@ -71,7 +71,7 @@ RUN_FOLDER_GONE = Code(
         (
             "bring it back (mount the disk, rename it back): the journal goes on where it stopped, and the next "
             "checkpoint is written",
-            "if it is lost: make the folder {path} anew, and the run writes a checkpoint and what is left of its journal "
+            "if it is lost: make the folder {path} anew, and the run writes a checkpoint and the rest of its journal "
             "there",
         ),
     ),

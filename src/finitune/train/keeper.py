@@ -138,12 +138,13 @@ class Keeper:
         if self._writer.background:
             try:
                 tensors, record = self._buffers.copy(self.port)
-                return checkpoint.Content(tensors, record, self.line, self.facts)
+                return checkpoint.Content(tensors, record, self.line, self.facts, self.journal.link)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._writer, self._buffers = Writer(background=False), Buffers()
-        return checkpoint.Content(dict(self.port.state_tensors()), self.port.state_record(), self.line, self.facts)
+        tensors = dict(self.port.state_tensors())
+        return checkpoint.Content(tensors, self.port.state_record(), self.line, self.facts, self.journal.link)
 
     def after_step(self, step: int) -> None:
         """Look after what is under way. Raises Halted where a state to be saved was not finite."""

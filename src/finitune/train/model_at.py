@@ -12,6 +12,7 @@ from finitune.engine.codes_time import STEP_UNREACHABLE
 from finitune.engine.line import line_of
 from finitune.engine.snapshot import SnapshotRing
 from finitune.engine.timeline import Arrival, Base, Timeline, Unreachable
+from finitune.numerics.seeds import generators_kept
 from finitune.train import checkpoint
 from finitune.train.folder import JOURNAL_FILE, find_place
 from finitune.train.origin import Origin
@@ -46,7 +47,8 @@ def model_at(run: str, step: int) -> ModelAt:
 
     timeline = Timeline(prepared.port, path, SnapshotRing(0), stored)
     try:
-        return ModelAt(prepared, timeline.go_to(step))
+        with generators_kept(), prepared.port.parts.kernels:
+            return ModelAt(prepared, timeline.go_to(step))
     except Unreachable as fault:
         raise as_error(fault.finding) from fault
     except OSError as error:

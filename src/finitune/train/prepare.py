@@ -28,6 +28,7 @@ from finitune.models.freeze import enable_checkpointing, freeze, trainable_param
 from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
+from finitune.numerics.determinism import Kernels, ask_cublas
 from finitune.train import memory, optim, plan
 from finitune.train.codes_journal import NO_PARQUET
 from finitune.train.recipe import Recipe
@@ -63,6 +64,8 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
 
     Raises UserError or UserErrors for whatever the user can mend: model, data, precision, LoRA targets.
     """
+    if recipe.guard.deterministic:
+        ask_cublas()  # before anything touches the device
     raise_all([*missing_packages(recipe.report_to), *_no_table(recipe)])
     device = pick_device(recipe.device)
     choice = precisions.choose(resolved_precision(recipe), device)
@@ -219,6 +222,16 @@ def warmup_steps(recipe: Recipe, total_steps: int) -> int:
     return given if given is not None else math.ceil(recipe.warmup_ratio * total_steps)
 
 
+def shape_of(recipe: Recipe, total_steps: int) -> Shape:
+    """The recipe's course of the learning rate over a run of this length."""
+    return Shape(
+        total_steps=total_steps,
+        warmup_steps=warmup_steps(recipe, total_steps),
+        decay_steps=math.ceil(recipe.decay_ratio * total_steps),
+        min_ratio=recipe.min_lr_ratio,
+    )
+
+
 def scaler_settings(recipe: Recipe) -> ScalerSettings:
     """The recipe's scaler section."""
     return ScalerSettings(**recipe.scaler.model_dump())
@@ -247,12 +260,6 @@ def _parts(
 ) -> Parts:
     parameters = tuple(trainable_parameters(model))
     settings = optim_settings(recipe)
-    shape = Shape(
-        total_steps=total_steps,
-        warmup_steps=warmup_steps(recipe, total_steps),
-        decay_steps=math.ceil(recipe.decay_ratio * total_steps),
-        min_ratio=recipe.min_lr_ratio,
-    )
     watch = loaded.family.watch(model)
     watched = recipe.guard.enabled and recipe.guard.monitor
     strategy = registry.load("strategies", "single").Strategy(device)
@@ -263,7 +270,7 @@ def _parts(
         parameters=parameters,
         optimizer=optim.build(parameters, settings),
         optim_settings=settings,
-        schedule=SCHEDULES[recipe.lr_scheduler_type](shape),
+        schedule=SCHEDULES[recipe.lr_scheduler_type](shape_of(recipe, total_steps)),
         loader=loader,
         strategy=strategy,
         context=lambda: precisions.compute_context(precision, device),
@@ -274,6 +281,7 @@ def _parts(
         seed=recipe.seed,
         chunk_tokens=recipe.loss.chunk_tokens,
         probe_every_steps=recipe.guard.state_check_steps if recipe.guard.enabled else 0,
+        kernels=Kernels(wanted=recipe.guard.deterministic),
     )
 
 
@@ -340,6 +348,7 @@ def _plan(
             recipe.lr_scheduler_type,
             text("train.why_schedule", lr=recipe.learning_rate, warmup=warmup_steps(recipe, total_steps)),
         ),
+        plan.Derived("repeatable", *port.parts.kernels.promise(device)),
         memory.derived(snapshots),
     ]
     step_s = plan.estimate_step_s(device, work)

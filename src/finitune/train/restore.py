@@ -16,9 +16,9 @@ from finitune.data.loader import Cursor
 from finitune.engine.codes import RESUME_IMPOSSIBLE
 from finitune.train import checkpoint
 from finitune.train.past import Facts, fact
-from finitune.train.prepare import Prepared, warmup_steps
+from finitune.train.prepare import Prepared, shape_of
 from finitune.train.recipe import Recipe
-from finitune.train.schedule import SCHEDULES, Shape
+from finitune.train.schedule import SCHEDULES
 
 FOREIGN = (
     KeyError,
@@ -117,10 +117,4 @@ def rate_under(recipe: Any, total_steps: int, updates: int) -> float | None:
         then = Recipe.model_validate(recipe)
     except (ValidationError, FiniTuneError):
         return None
-    shape = Shape(
-        total_steps=total_steps,
-        warmup_steps=warmup_steps(then, total_steps),
-        decay_steps=math.ceil(then.decay_ratio * total_steps),
-        min_ratio=then.min_lr_ratio,
-    )
-    return then.learning_rate * SCHEDULES[then.lr_scheduler_type](shape)(updates)
+    return then.learning_rate * SCHEDULES[then.lr_scheduler_type](shape_of(then, total_steps))(updates)

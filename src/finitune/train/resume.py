@@ -35,7 +35,8 @@ from finitune.train.codes_resume import (
     RESUMED,
 )
 from finitune.train.facts import facts_of
-from finitune.train.folder import RECIPE_FILE, Place
+from finitune.train.folder import JOURNAL_FILE, RECIPE_FILE, Place
+from finitune.train.journal_state import journal_findings
 from finitune.train.keeper import ABANDONED, step_in
 from finitune.train.past import Facts, Past, fact, facts_of_checkpoint, read_past
 from finitune.train.prepare import Prepared, prepare
@@ -156,7 +157,7 @@ def _prepare(recipe: Recipe, weigh: _Weighing) -> Prepared:
     early = {"recipe": recipe.model_dump(mode="json")}
     certain = [c for c in weigh.changes(early) if c.certain]
     if any(c.kind is Kind.IMPOSSIBLE for c in certain):
-        raise_all(weigh.refusals(certain))
+        raise_all(weigh.refusals(certain, text("resume.later")))
     try:
         return prepare(recipe, weigh.point.folder)
     except (UserError, UserErrors) as error:
@@ -199,13 +200,14 @@ class _Weighing:
         """Whether something changed that moves rows or numbers, with permission given now or before."""
         return any(c.kind is Kind.NEEDS_PERMISSION or c.effect == "agreed" for c in changes)
 
-    def refusals(self, changes: Sequence[Change]) -> list[UserError]:
-        """One error for all that does not fit, one for all that is not allowed."""
+    def refusals(self, changes: Sequence[Change], note: str = "") -> list[UserError]:
+        """One error for all that does not fit, one for all that is not allowed; ``note`` is a line below them."""
+        below = (note,) if note else ()
         misfits = _lines(changes, Kind.IMPOSSIBLE)
         unallowed = Listing() if self.allow else _lines(changes, Kind.NEEDS_PERMISSION)
         where = {"run": str(self.point.place.run_dir), "point": str(self.point.folder or self.point.name)}
         return [
-            UserError(code, "--resume", changes=lines, count=len(lines), step=self.point.step, **where)
+            UserError(code, "--resume", changes=Listing(lines + below), count=len(lines), step=self.point.step, **where)
             for code, lines in ((MISFIT, misfits), (CHANGED, unallowed))
             if lines
         ]
@@ -221,6 +223,7 @@ def _told(weigh: _Weighing, changes: Sequence[Change], prepared: Prepared) -> li
     again = max(0, weigh.past.last_step - point.step)
     found = [
         *point.findings,
+        *journal_findings(point.place.run_dir / JOURNAL_FILE, point.folder),
         RESUMED.find("", step=point.step, total=prepared.plan.total_steps, point=point.name, again=again),
         *_gone_back(weigh),
     ]

@@ -16,7 +16,7 @@ from typing import Any
 from finitune.core.files import sweep, write_atomic
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
-from finitune.train import folder, lock
+from finitune.train import checkpoint, folder, lock
 from finitune.train.facts import facts_of, resolved
 from finitune.train.finished import Finished, finished
 from finitune.train.observer import Observers
@@ -124,6 +124,8 @@ def _go_on(
         release = stack.callback(lock.hold(place.run_dir))
         # First: of an interrupted swap the sweep puts the old checkpoint back.
         swept = sweep(place.run_dir)
+        for folder_of_checkpoint in checkpoint.listed(place.run_dir):
+            swept += sweep(folder_of_checkpoint)
         resumed = prepare_resumed(place, recipe, allow_changes=allow_changes)
         # The length of a recipe in epochs is known only now, and the sweep may have put the result back.
         done = finished(place, resumed.past, resumed.prepared.plan.total_steps, observers)

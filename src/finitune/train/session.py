@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finitune.core.errors import Halted
-from finitune.core.files import write_atomic
+from finitune.core.files import atomic_folder, write_atomic, write_manifest
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
@@ -20,7 +20,9 @@ from finitune.engine.codes import EVAL_NOT_FINITE, FINAL_SAVE_FAILED, INTERRUPTE
 from finitune.engine.codes_time import STOPPED_UNSAVED
 from finitune.engine.judge import Judge
 from finitune.engine.policy import Policy
-from finitune.models.save import save_model
+from finitune.engine.repeat import repeats
+from finitune.models.save import write_model
+from finitune.numerics.seeds import generators_kept
 from finitune.train import checkpoint, folder
 from finitune.train.codes_journal import JOURNAL_WAITS
 from finitune.train.compact import to_parquet
@@ -72,10 +74,20 @@ class Session:
         observers.tell("plan", prepared.plan)
 
     def run(self) -> RunResult:
-        """Train; every way out ends in a summary."""
+        """Train; every way out that can be foreseen ends in a summary."""
+        try:
+            return self._run()
+        finally:
+            self.start.close()
+
+    def _run(self) -> RunResult:
         port = self.prepared.port
         status, halted = "finished", None
-        with listening(lambda: self.observers.tell("stop_requested")) as stop:
+        with (
+            listening(lambda: self.observers.tell("stop_requested")) as stop,
+            generators_kept(),
+            port.parts.kernels,
+        ):
             try:
                 self._journal_start()
                 for finding in self.prepared.findings:
@@ -110,7 +122,6 @@ class Session:
             self.journal.close()
         except OSError as error:
             self.observers.tell("finding", checkpoint.save_failure(self.journal.path, error, self.journal.abandon()))
-        self.start.close()
 
     def _train(self, stop: StopRequest) -> bool:
         recipe, port = self.prepared.recipe, self.prepared.port
@@ -133,7 +144,9 @@ class Session:
             counts=self.counts,
         )
         try:
-            self.machine.after_step(0.0)
+            if loop.total_steps > port.state.step:
+                self._try_twice()
+                self.machine.after_step(0.0)
             return loop.run()
         finally:
             self.train_time_s = loop.step_time_s
@@ -186,8 +199,17 @@ class Session:
         """Look after checkpoints, snapshots and the journal."""
         self._watch_journal(step)
         self.keeper.after_step(step)
-        for finding in self.machine.after_step(step_s):
+        for finding in [*self.machine.after_step(step_s), *self.prepared.port.parts.kernels.findings()]:
             self._found(finding)
+
+    def _try_twice(self) -> None:
+        """Compute the first step twice and say where it does not repeat: redo and resume rest on that."""
+        port = self.prepared.port
+        if self.prepared.recipe.guard.repeat_check:
+            finding = repeats(port)
+            record_or_halt(self.journal, "repeat_check", step=port.state.step + 1, repeats=finding is None)
+            if finding is not None:
+                self._found(finding)
 
     def _watch_journal(self, step: int) -> None:
         """Say once that the disk does not take the journal; it is tried again at every record."""
@@ -261,8 +283,11 @@ class Session:
     def _save_final(self) -> None:
         parts, target = self.prepared.port.parts, self.run_dir / folder.FINAL
         self._refuse_non_finite()
+        state = self.prepared.port.state
         try:
-            save_model(parts.model, self.prepared.tokenizer, target, family=parts.family)
+            with atomic_folder(target) as aside:
+                write_model(parts.model, self.prepared.tokenizer, aside, family=parts.family)
+                write_manifest(aside, {"step": state.step, "updates": state.updates})
         except OSError as error:
             raise Halted(
                 FINAL_SAVE_FAILED,

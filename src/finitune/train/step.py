@@ -24,9 +24,10 @@ from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import Capability, Trace
 from finitune.engine.snapshot import copy_over
+from finitune.numerics.determinism import Kernels
 from finitune.numerics.norms import tensor_norms
 from finitune.numerics.probe import movement, sample
-from finitune.numerics.seeds import seed_torch
+from finitune.numerics.seeds import seed_generators
 from finitune.train import optim
 from finitune.train.schedule import Schedule
 from finitune.train.state import RunState
@@ -59,6 +60,7 @@ class Parts:
     seed: int
     chunk_tokens: int
     probe_every_steps: int
+    kernels: Kernels
 
 
 def on_device(parts: Parts, batch: Batch) -> Batch:
@@ -90,6 +92,9 @@ class TrainPort:
     def forward_backward(self) -> Trace:
         """Loss and gradients of the batch at the cursor."""
         self._started_s = time.perf_counter()
+        return self.parts.kernels.compute(self._forward_backward, self.abort)
+
+    def _forward_backward(self) -> Trace:
         parts, scale = self.parts, self.state.scaler.scale if self.state.scaler else None
         batches = parts.loader.at(self.state.cursor)
         num_supervised = parts.strategy.sum_tokens(sum(b.num_supervised for b in batches))
@@ -122,7 +127,7 @@ class TrainPort:
         parts = self.parts
         total = torch.zeros((), device=parts.strategy.device)
         for micro, batch in enumerate(batches):
-            seed_torch(parts.seed, self.state.step, micro, parts.strategy.rank)
+            seed_generators(parts.seed, self.state.step, micro, parts.strategy.rank)
             with parts.context():
                 done = parts.objective.compute(
                     parts.model,

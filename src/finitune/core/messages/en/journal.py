@@ -1,6 +1,7 @@
 """Words of the journal: what is wrong with a line."""
 
 TEXTS = {
+    "journal.cut": "its end is missing: {name} was written after a line that is no longer there",
     "journal.damage": "line {line}: {reason}",
     "journal.not_json": "not JSON",
     "journal.no_record": "not a record",

@@ -3,6 +3,7 @@
 TEXTS = {
     "resume.change": "{what}: was {was}, now {now} ({effect})",
     "resume.unknown": "not recorded",
+    "resume.later": "(what depends on rows and base model is compared once this fits)",
     "resume.start": "the start",
     "resume.allow_needs_resume": "--allow-changes goes with --resume; a new run has nothing that could have changed",
     "resume.no.nothing": "nothing is there",

@@ -12,6 +12,7 @@ TEXTS = {
     "train.why_schedule": "peak {lr}, {warmup} warm-up steps",
     "train.snapshots": "{count} of {size}",
     "train.why_snapshots": "in memory, to return to any step; with the copy for saves up to {used} of {free} free",
+    "train.derived.repeatable": "repeatable",
     "train.derived.snapshots": "snapshots",
     "train.derived.model": "model",
     "train.derived.device": "device",

@@ -1,6 +1,7 @@
 """Words of the journal: what is wrong with a line."""
 
 TEXTS = {
+    "journal.cut": "末尾缺失：{name} 写于某一行之后，而该行已不在",
     "journal.damage": "第 {line} 行：{reason}",
     "journal.not_json": "不是 JSON",
     "journal.no_record": "不是一条记录",

@@ -3,6 +3,7 @@
 TEXTS = {
     "resume.change": "{what}：原为 {was}，现为 {now}（{effect}）",
     "resume.unknown": "未记录",
+    "resume.later": "（与数据行和基础模型有关的部分，待此处相符后再比较）",
     "resume.start": "起点",
     "resume.allow_needs_resume": "--allow-changes 须与 --resume 一起使用；新的训练没有可改动之处",
     "resume.no.nothing": "那里什么也没有",

@@ -12,6 +12,7 @@ TEXTS = {
     "train.why_schedule": "峰值 {lr}，预热 {warmup} 步",
     "train.snapshots": "{count} 个，每个 {size}",
     "train.why_snapshots": "保存在内存中，可回到任意一步；连同保存用的副本最多占 {used}（空闲 {free}）",
+    "train.derived.repeatable": "可重现",
     "train.derived.snapshots": "快照",
     "train.derived.model": "模型",
     "train.derived.device": "设备",
