@@ -13,9 +13,9 @@ import json
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ import torch
 from common import RESULTS, _cell, machine, quiet
 from finitune.core.journal import encode
 from resume_damage import damaged, formats, full_disk
-from resume_faults import SETTLE_S, Reference, done_again, is_exact, kills_while_saving, plain, reference, same_weights
+from resume_exact import between, exact
+from resume_faults import SETTLE_S, kills_while_saving
 from resume_runs import Bench, Story, apart, import_everything, make_base, wait
 from resume_sides import SIDES, Job
 
@@ -37,125 +38,21 @@ class Part:
     """One table."""
 
     title: str
-    measure: Callable[[Path, Path], list[dict[str, Any]]]
-    """From (base folder, scratch folder) to rows."""
+    measure: Callable[[Path, Path, Sequence[str]], list[dict[str, Any]]]
+    """From (base folder, scratch folder, sides) to rows."""
     notes: tuple[str, ...] = ()
-
-
-# --- Exactness -------------------------------------------------------------------------------------------------
-
-
-def cases(base: Path) -> list[tuple[str, Job, int]]:
-    """(name, job, killed after this step)."""
-    plain_job = Job(base)
-    return [
-        ("fp32, middle of the 2nd epoch", plain_job, 22),
-        ("fp32, between two epochs", plain_job, 17),
-        ("attention dropout 0.1", replace(plain_job, model="dropout"), 22),
-        ("LoRA, dropout 0.1", replace(plain_job, lora_dropout=0.1), 22),
-        ("2 micro-batches a step", replace(plain_job, accumulation=2), 12),
-        ("grouped by length, 1st epoch", replace(plain_job, grouped=True), 12),
-        ("grouped by length, 2nd epoch", replace(plain_job, grouped=True), 22),
-        ("fp16 asked for", replace(plain_job, fp16=True), 22),
-    ]
-
-
-def exact(base: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Killed with SIGKILL between two checkpoints, then resumed from the newest."""
-    rows = []
-    for side in SIDES:
-        for index, (name, job, kill_at) in enumerate(cases(base)):
-            bench = Bench(side, scratch / side / str(index))
-            truth = reference(bench, job, bench.folder / "truth")
-            run_dir = bench.folder / "killed"
-            killed = bench.run(job, run_dir, kill_at=kill_at, kill_wait_s=SETTLE_S)
-            resumed = bench.run(job, run_dir, resume=True)
-            row = {"trainer": side, "case": name, "killed after step": kill_at, "resumed at": resumed.began}
-            if resumed.error is not None:
-                rows.append(row | {"losses equal": f"fails: {plain(resumed.error, run_dir)}"})
-            else:
-                rows.append(row | compared(truth, killed, resumed, run_dir) | {"loss scaler": scaler(side, resumed)})
-    return rows
-
-
-def compared(truth: Reference, killed: Story, resumed: Story, run_dir: Path) -> dict[str, Any]:
-    """The steps after the resume, the final weights and the rows of the whole line, against the undisturbed run."""
-    pairs = [(s["step"], s["loss"], truth.losses.get(s["step"])) for s in resumed.steps]
-    differing = [step for step, loss, true in pairs if loss != true]
-    again, never = visits(killed, resumed, Counter(r for s in truth.told.steps for r in s["rows"]))
-    return {
-        "losses equal": f"{len(pairs) - len(differing)} of {truth.told.last - (resumed.began or 0)}",
-        "first differing step": differing[0] if differing else "-",
-        "largest difference": max((abs(float.fromhex(a) - float.fromhex(b)) for _, a, b in pairs if b), default=0.0),
-        "final weights equal": same_weights(run_dir, truth.run_dir),
-        "rows once too often": again,
-        "rows left out": never,
-    }
-
-
-def visits(killed: Story, resumed: Story, expected: Counter[int]) -> tuple[int, int]:
-    """(visits of rows beyond those of the undisturbed run, visits that are missing), on the line that counts."""
-    start = resumed.began or 0
-    line = [s for s in killed.steps if s["step"] <= start] + resumed.steps
-    seen = Counter(row for s in line for row in s["rows"])
-    return sum((seen - expected).values()), sum((expected - seen).values())
-
-
-def scaler(side: str, told: Story) -> str:
-    """Whether the run scaled its loss, from what it said itself."""
-    if side == "HF Trainer":
-        state = told.of("scaler")[-1]
-        return f"{'yes' if state['scaler'] else 'no'} (autocast: {'yes' if state['amp'] else 'no'})"
-    return "yes" if any(s["scale"] is not None for s in told.steps) else "no"
-
-
-def between(base: Path, scratch: Path) -> list[dict[str, Any]]:
-    """SIGKILL right after a step, without any wait, and SIGTERM."""
-    job = Job(base, model="dropout")
-    rows = []
-    for side in SIDES:
-        bench = Bench(side, scratch / side)
-        truth = reference(bench, job, bench.folder / "truth")
-        for number, (name, jit, hurt) in enumerate(_hurts(side)):
-            run_dir = bench.folder / f"run-{number}"
-            killed = bench.run(replace(job, jit=jit), run_dir, **hurt)
-            resumed = bench.run(job, run_dir, resume=True)
-            failed = resumed.error is not None
-            rows.append(
-                {
-                    "trainer": side,
-                    "what": name,
-                    "process ends": killed.ended,
-                    "last step": killed.last,
-                    "resumed at": plain(resumed.error or "", run_dir) if failed else resumed.began,
-                    "steps done again": done_again(killed, resumed),
-                    "exact": "-" if failed else is_exact(resumed, truth, run_dir),
-                }
-            )
-    return rows
-
-
-def _hurts(side: str) -> list[tuple[str, bool, dict[str, Any]]]:
-    """(name, with HF's enable_jit_checkpoint, what the probe does)."""
-    hurts: list[tuple[str, bool, dict[str, Any]]] = [
-        (f"SIGKILL after step {step}", False, {"kill_at": step}) for step in (3, 8, 13, 19, 24, 28)
-    ]
-    hurts.append(("SIGTERM after step 13", False, {"term_at": 13, "kill_wait_s": 0.1}))
-    if side == "HF Trainer":
-        # It acts 3 s after the signal; the step is made to last longer, as a large model's may.
-        name = "SIGTERM after step 13, enable_jit_checkpoint=True"
-        hurts.append((name, True, {"term_at": 13, "kill_wait_s": 3.5}))
-    return hurts
+    timed: bool = False
+    """Times are measured: the sides take turns instead of running at once."""
 
 
 # --- Kills, damage, disk, formats ------------------------------------------------------------------------------
 
 
-def kills(base: Path, scratch: Path) -> list[dict[str, Any]]:
+def kills(base: Path, scratch: Path, sides: Sequence[str]) -> list[dict[str, Any]]:
     """Kills spread over a save, one column a series."""
     job = Job(base, model="wide", save_steps=4, max_steps=12)
     columns = {}
-    for side in SIDES:
+    for side in sides:
         for limit, count in ((1, _num_kills()), (None, max(1, _num_kills() // 2))):
             bench = Bench(side, scratch / side / str(limit))
             series = kills_while_saving(bench, replace(job, keep=limit), bench.folder / "runs", count, 8)
@@ -168,39 +65,35 @@ def _num_kills() -> int:
     return int(sys.argv[sys.argv.index("--kills") + 1]) if "--kills" in sys.argv else 21
 
 
-def damage(base: Path, scratch: Path) -> list[dict[str, Any]]:
-    """Both sides' answers to the same damage, side by side."""
+def damage(base: Path, scratch: Path, sides: Sequence[str]) -> list[dict[str, Any]]:
+    """The answers to the same damage, one column a side."""
     job = Job(base, model="dropout")
-    merged: dict[str, dict[str, Any]] = {}
-    for side in SIDES:
-        for row in damaged(Bench(side, scratch / side), job, scratch / side / "runs", 22):
-            merged.setdefault(row["damage"], {}).update(row)
-    return list(merged.values())
+    return [row for side in sides for row in damaged(Bench(side, scratch / side), job, scratch / side / "runs", 22)]
 
 
-def disk(base: Path, scratch: Path) -> list[dict[str, Any]]:
+def disk(base: Path, scratch: Path, sides: Sequence[str]) -> list[dict[str, Any]]:
     """A disk that is full for a while, and one that stays full."""
     job = Job(base, model="wide", save_steps=4, max_steps=16)
     return [
         full_disk(Bench(side, scratch / side / str(room)), job, scratch / side / f"runs-{room}", 7, room)
-        for side in SIDES
+        for side in sides
         for room in (10, None)
     ]
 
 
-def formats_of(base: Path, scratch: Path) -> list[dict[str, Any]]:
+def formats_of(base: Path, scratch: Path, sides: Sequence[str]) -> list[dict[str, Any]]:
     """What a checkpoint consists of."""
     job = Job(base)
-    return [row for side in SIDES for row in formats(Bench(side, scratch / side), job, scratch / side / "runs", 22)]
+    return [row for side in sides for row in formats(Bench(side, scratch / side), job, scratch / side / "runs", 22)]
 
 
 # --- Finding the place again -----------------------------------------------------------------------------------
 
 
-def seek(base: Path, scratch: Path) -> list[dict[str, Any]]:
+def seek(base: Path, scratch: Path, sides: Sequence[str]) -> list[dict[str, Any]]:
     """Time to the first step: a new run, and resumed runs of different age."""
     job = Job(base, model="small", rows=2400, max_steps=1100, save_steps=100)
-    kinds = [(side, side, job) for side in SIDES]
+    kinds = [(side, side, job) for side in sides]
     kinds.insert(1, ("HF Trainer", "HF Trainer, IterableDataset", replace(job, streaming=True)))
     rows = []
     for side, name, used in kinds:
@@ -278,8 +171,10 @@ PARTS = {
             "every kill one resume as a user asks for it (`resume_from_checkpoint=True`, `--resume RUN`); where this "
             "fails, a second one from the newest whole folder, named by hand. FiniTune goes on training while it "
             "writes, so that the same kill may hit it some steps later. SIGKILL leaves the page cache: this is a "
-            "killed process, not a power cut.",
+            "killed process, not a power cut. How many kills come before the checkpoint is whole is a matter of the "
+            "machine: read the lines below it against it.",
         ),
+        timed=True,
     ),
     "damage": Part(
         "A damaged newest checkpoint",
@@ -305,6 +200,7 @@ PARTS = {
             "end of the first step. FiniTune reads and tokenises all rows at every start, new or resumed, the HF side "
             "gets them tokenised: compare down a trainer's lines, not across.",
         ),
+        timed=True,
     ),
     "formats": Part("What is in a checkpoint, and what a resume unpickles", formats_of),
 }
@@ -356,6 +252,32 @@ def keep(parts: dict[str, Any]) -> None:
     path.with_suffix(".md").write_text(page(record), encoding="utf-8")
 
 
+def measured(part: Part, base: Path, scratch: Path) -> list[dict[str, Any]]:
+    """Rows of a part; where no time is measured, each side in a process of its own, at once."""
+    if part.timed:
+        return part.measure(base, scratch, list(SIDES))
+    scratch.mkdir()
+    pids = {side: apart(scratch / f"{side}.jsonl", partial(_one_side, part, base, scratch, side)) for side in SIDES}
+    rows: list[dict[str, Any]] = []
+    for side, pid in pids.items():
+        if (ended := wait(pid, timeout_s=600)) != "exit 0":
+            raise RuntimeError(f"{part.title}, {side}: {ended}\n{(scratch / f'{side}.log').read_text()}")
+        rows += json.loads((scratch / f"{side}.rows").read_text())
+    return rows
+
+
+def _one_side(part: Part, base: Path, scratch: Path, side: str) -> None:
+    (scratch / f"{side}.rows").write_text(json.dumps(part.measure(base, scratch, [side])))
+
+
+def merged(rows: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Rows with the same ``key`` made one."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        lines.setdefault(row[key], {}).update(row)
+    return list(lines.values())
+
+
 def main() -> None:
     """Run what was asked for, or all of it."""
     quiet()
@@ -371,7 +293,8 @@ def main() -> None:
             raise RuntimeError(f"the common ground failed ({ended}): {record.with_suffix('.log').read_text()}")
         for name in names:
             started_s = time.perf_counter()
-            rows = PARTS[name].measure(base, Path(temporary) / name)
+            rows = measured(PARTS[name], base, Path(temporary) / name)
+            rows = merged(rows, "damage") if name == "damage" else rows
             parts[name] = {"title": PARTS[name].title, "rows": rows, "took_s": time.perf_counter() - started_s}
             print("\n".join(["", f"## {name} ({parts[name]['took_s']:.0f} s)", "", *table(rows)]), flush=True)
     keep(parts)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kill.faults import Fault, Refusals
-from kill.limits import limit_file_size, shorten_waiting
+from kill.limits import limit_file_size
 from kill.points import Place, Points
 from kill.watching import Watch, watch_steps
 
@@ -69,8 +69,6 @@ def _hits(points: Points | None) -> int:
 
 def _hooked(request: Mapping[str, Any], run_dir: Path) -> Points | None:
     """Hook the places in where the request needs them; a run without them is as a user's."""
-    if request.get("short_waits"):
-        shorten_waiting()
     if request.get("file_limit"):
         limit_file_size(**request["file_limit"])
     death, faults = request.get("death"), [Fault.of(f) for f in request.get("faults", ())]

@@ -1,12 +1,8 @@
-"""Limits that the system itself sets on a child, and a clock that does not make tests wait."""
+"""Limits that the system itself sets on a child."""
 
 from __future__ import annotations
 
-import threading
-import time
 from typing import Any
-
-_REAL_SLEEP_S = 0.0005
 
 
 def limit_file_size(num_bytes: int, until_step: int | None = None) -> None:
@@ -27,28 +23,3 @@ def limit_file_size(num_bytes: int, until_step: int | None = None) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
     TrainPort.commit = commit  # type: ignore[method-assign]
-
-
-def shorten_waiting() -> None:
-    """Sleeping takes no time, but the clocks go on as if it had."""
-    clock = _Clock()
-    time.sleep = clock.sleep
-    for name in ("monotonic", "time", "perf_counter"):
-        setattr(time, name, clock.ahead(getattr(time, name)))
-
-
-class _Clock:
-    """Clocks that run ahead by what was slept."""
-
-    def __init__(self) -> None:
-        self.ahead_s = 0.0
-        self.lock = threading.Lock()
-        self.real_sleep = time.sleep
-
-    def sleep(self, seconds: float) -> None:
-        with self.lock:
-            self.ahead_s += seconds
-        self.real_sleep(min(seconds, _REAL_SLEEP_S))
-
-    def ahead(self, real: Any) -> Any:
-        return lambda: real() + self.ahead_s

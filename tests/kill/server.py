@@ -48,7 +48,8 @@ def import_lazy(names: list[str]) -> None:
     """Import what a child has found to be needed late."""
     for name in names:
         if name not in sys.modules:
-            with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 importlib.import_module(name)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from kill import plans
 
 if TYPE_CHECKING:
-    from conftest import Benches, Run
     from kill.client import Pool
+    from kill.conftest import Benches, Run
 
 
 def test_damage_is_named_and_the_run_goes_on_from_what_is_good(benches: Benches, pool: Pool, run: Run) -> None:

@@ -14,8 +14,8 @@ from kill.client import Server
 from kill.configurations import CONFIGURATIONS
 
 if TYPE_CHECKING:
-    from conftest import Benches, Run
     from kill.client import Pool
+    from kill.conftest import Benches, Run
 
 _FEW = tuple(CONFIGURATIONS) if plans.FULL else ("full fp32", "LoRA fp32, 2 micro-batches")
 

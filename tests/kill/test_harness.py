@@ -20,9 +20,9 @@ from kill.points import Place, Points, Unflushed, plain_name
 from kill.trials import Trial, run_trial
 
 if TYPE_CHECKING:
-    from conftest import Benches
     from kill.bench import Bench
     from kill.client import Pool
+    from kill.conftest import Benches
 
 
 @pytest.fixture

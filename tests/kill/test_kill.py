@@ -16,7 +16,7 @@ from kill.oracle import checkpoints
 from kill.trials import Trial
 
 if TYPE_CHECKING:
-    from conftest import Benches, Run
+    from kill.conftest import Benches, Run
 
 _FEW_MISSED = 0.05
 """Share of places that may not be met again: a background thread is not always at the same place."""
@@ -35,7 +35,7 @@ def test_one_trial(run: Run) -> None:
 def test_a_run_killed_at_any_place_comes_to_the_same_end(benches: Benches, run: Run, plan) -> None:
     outcomes = run(_trials(benches, plan))
     firsts = [o for o in outcomes if len(o.trial.deaths) == 1]
-    assert sum(o.missed for o in firsts) <= _FEW_MISSED * len(firsts)
+    assert sum(o.missed for o in firsts) <= max(2, _FEW_MISSED * len(firsts))
 
 
 def test_a_run_killed_at_a_random_moment_comes_to_the_same_end(benches: Benches, run: Run) -> None:

@@ -109,14 +109,14 @@ def run_trial(server: Server, trial: Trial, bench: Bench, home: Path) -> Outcome
         _damaged(server, trial, bench, home, outcome)
     else:
         with machine.small_disk(home, trial.disk) if trial.disk else contextlib.nullcontext():
-            _processes(server, trial, home, outcome)
+            _processes(server, trial, bench, home, outcome)
             verdict.judge(outcome, bench.truth, home / "run")
     if outcome.good:
         shutil.rmtree(home)
     return outcome
 
 
-def _processes(server: Server, trial: Trial, home: Path, outcome: Outcome) -> None:
+def _processes(server: Server, trial: Trial, bench: Bench, home: Path, outcome: Outcome) -> None:
     """The deaths one after the other, and then resumes until the run is finished."""
     requests = [_request(death) for death in trial.deaths] or [{}]
     requests[0] |= {"faults": list(trial.faults), "file_limit": trial.file_limit}
@@ -129,6 +129,8 @@ def _processes(server: Server, trial: Trial, home: Path, outcome: Outcome) -> No
             machine.make_room(home)
         outcome.missed += "death" in request and not reply["died"] and reply["status"] == "finished"
         lasting = number == 0 and trial.lasting
+        if lasting:
+            verdict.judge_first_end(outcome, bench.truth, home / "run")
         if reply["status"] in ("traceback", "hung") or (reply["status"] == "finished" and not lasting):
             break
 

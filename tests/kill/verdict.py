@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finitune.core.journal import read
 from kill import damage
 from kill.damage import Damage
-from kill.oracle import Truth, differences, leftovers, unreadable
+from kill.oracle import Truth, differences, last_of, leftovers, unreadable
 
 if TYPE_CHECKING:
     from kill.trials import Outcome
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CHECKPOINT_PASSED_OVER = "SYS006"
 JOURNAL_DAMAGED = "SYS041"
 SAVE_FAILED = "SYS001"
+JOURNAL_LOST = {SAVE_FAILED, "SYS010", "SYS040"}
 
 
 def judge(outcome: Outcome, truth: Truth, run: Path) -> None:
@@ -40,14 +41,27 @@ def judge(outcome: Outcome, truth: Truth, run: Path) -> None:
         outcome.faults += _done_twice(run)
 
 
+def judge_first_end(outcome: Outcome, truth: Truth, run: Path) -> None:
+    """A run that calls itself finished while the disk still refuses has its result, and says what it lost."""
+    reply = outcome.replies[-1]
+    if reply["status"] != "finished":
+        return
+    if not (run / "final").is_dir():
+        outcome.faults.append("it says that it has finished, and there is no result")
+    journalled = last_of(list(read(run / "journal.jsonl")), "step", "step", "loss_scale")
+    if truth.steps.keys() - journalled.keys() and not reply["findings"].keys() & JOURNAL_LOST:
+        outcome.faults.append("it says that it has finished, and not that its journal is not whole")
+
+
 def _lived_through(outcome: Outcome) -> list[str]:
     """A run never dies of a disk that recovers, and never passes over in silence what it could not write."""
     trial, first = outcome.trial, outcome.replies[0]
     if first["died"] not in (0, signal.SIGKILL):
         return [f"the process died of signal {first['died']}"]
-    brief = not trial.lasting and not trial.file_limit
     touches_checkpoints = any("checkpoint" in f.get("match", "") for f in trial.faults)
-    if brief and touches_checkpoints and first["status"] != "finished":
+    # A disk that refuses before anything has begun, or just when the result is to be saved, may end the process.
+    may_end = trial.lasting or first["status"] == "refused" or not all(_in_training(f) for f in trial.faults)
+    if not may_end and first["status"] != "finished":
         return [f"{first['status']} because of a disk that was at fault for a while: {first}"]
     reads = any("read" in f["operations"] for f in trial.faults)
     if reads and first.get("hits") and CHECKPOINT_PASSED_OVER not in first.get("findings", {}):
@@ -58,6 +72,11 @@ def _lived_through(outcome: Outcome) -> list[str]:
     if first.get("hits") and touches_checkpoints and writes and refused and not told:
         return ["a save failed and nothing was said"]
     return []
+
+
+def _in_training(fault: Mapping[str, Any]) -> bool:
+    """Whether what fails is written in the middle of a run only."""
+    return any(name in fault["match"] for name in ("checkpoint", "trusted", "journal"))
 
 
 def _done_twice(run: Path) -> list[str]:

@@ -27,7 +27,7 @@ def test_here_the_step_is_refused_and_the_run_ends_within_one_percent(tmp_path: 
     clean = one_nan.ours(tmp_path / "clean", precision, False)
     hurt = one_nan.ours(tmp_path / "hurt", precision, True)
     assert hurt["bad tensors"] == "0 of 21"
-    assert hurt["poisoned checkpoints"] == "0 of 2"
+    assert hurt["poisoned checkpoints"] == "0 of 3"
     assert hurt["refused"] == "step 10 (4 rows)"
     assert hurt["exit"] == 0
     assert hurt["last logged loss"] == pytest.approx(clean["last logged loss"], rel=0.01)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 pytest.importorskip("resource", reason="the script needs POSIX processes")
 
 import resume_damage
+import resume_exact
 import resume_faults
-import resume_peers
 from resume_faults import Reference
 from resume_runs import Story
 from resume_sides import Job
@@ -79,16 +79,16 @@ def test_final_weights_are_compared_by_bits(tmp_path: Path) -> None:
 
 def test_rows_are_counted_on_the_line_that_led_to_the_end() -> None:
     expected = Counter(dict.fromkeys(range(1, 7), 1))
-    assert resume_peers.visits(told(1, 5), told(4, 6), expected) == (0, 0)
-    assert resume_peers.visits(told(1, 5), told(4, 6, {5: [1]}), expected) == (1, 1)
+    assert resume_exact.visits(told(1, 5), told(4, 6), expected) == (0, 0)
+    assert resume_exact.visits(told(1, 5), told(4, 6, {5: [1]}), expected) == (1, 1)
 
 
 def test_losses_that_differ_in_the_last_bit_are_not_equal(tmp_path: Path) -> None:
     truth = Reference(Job(tmp_path), tmp_path / "truth", told(1, 6))
     resumed = told(4, 6)
-    assert resume_peers.compared(truth, told(1, 5), resumed, tmp_path)["losses equal"] == "3 of 3"
+    assert resume_exact.compared(truth, told(1, 5), resumed, tmp_path)["losses equal"] == "3 of 3"
     resumed.steps[1]["loss"] = (5.0 + 2.0**-50).hex()
-    row = resume_peers.compared(truth, told(1, 5), resumed, tmp_path)
+    row = resume_exact.compared(truth, told(1, 5), resumed, tmp_path)
     assert (row["losses equal"], row["first differing step"]) == ("2 of 3", 5)
     assert row["largest difference"] == 2.0**-50
 

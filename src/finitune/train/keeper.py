@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from finitune.core.files import remove_folder
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
+from finitune.engine.codes import CHECKPOINT_BAD
 from finitune.engine.codes_time import SAVE_RETRY
 from finitune.engine.line import line_of
 from finitune.engine.snapshot import Buffers, is_out_of_memory
@@ -31,6 +33,7 @@ from finitune.train.writer import Writer, Written
 
 ABANDONED = "abandoned-"
 _TRUST_RETRY_STEPS = 20
+_TRUST = "trust"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +79,25 @@ class Keeper:
     last_saved: Path | None = None
     stall_s: float = 0.0
     """Seconds the training thread waited for saves."""
-    best: tuple[float, int] | None = None
-    """Lowest held-out loss so far and its step."""
+    losses: dict[int, float] = field(default_factory=dict)
+    """Finite held-out losses of the line, by step."""
     _writer: Writer = field(init=False)
     _buffers: Buffers = field(default_factory=Buffers)
     _candidates: list[Path] = field(default_factory=list)
     _retry: _Retry | None = None
+    _looking_at: list[Path] = field(default_factory=list)
+    """Candidates that the writer looks at, in its order."""
     _no_trust_before_step: int = 0
     _last_try: bool = False
 
     def __post_init__(self) -> None:
         self._writer = Writer(background=self.settings.background)
         self._candidates = [p for p in checkpoint.listed(self.run_dir) if not checkpoint.is_trusted(p)]
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """Lowest held-out loss of the line and its step."""
+        return min(((loss, step) for step, loss in self.losses.items()), default=None)
 
     @property
     def busy(self) -> bool:
@@ -104,8 +114,15 @@ class Keeper:
         self.line = len(line_of(records).rollbacks)
         self._put_aside_after(step_in(self.last_saved) if self.last_saved is not None else 0)
         for record in records:
-            if record["kind"] == "eval":
-                self.evaluated(int(record["step"]), journal.number(record["loss"]))
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # not a record of ours
+                self._recall(record)
+
+    def _recall(self, record: Mapping[str, Any]) -> None:
+        kind = record["kind"]
+        if kind == "eval":
+            self.evaluated(int(record["step"]), journal.number(record["loss"]))
+        elif kind in ("resume", "rollback"):
+            self._forget_after(int(record["to_step" if kind == "rollback" else "step"]))
 
     def save(self, step: int) -> None:
         """Begin a checkpoint of the present state; waits for the one before, if that is still being written."""
@@ -165,7 +182,9 @@ class Keeper:
     def settle(self, *, wait: bool = False) -> None:
         """Take in what the writer has finished. Raises Halted (state not finite)."""
         for written in self._writer.finished(wait=wait):
-            if written.path is not None:
+            if written.task == _TRUST:
+                self._looked_at(written)
+            elif written.path is not None:
                 self._stands(written.path, written.step)
             else:
                 self._failed(written)
@@ -210,29 +229,39 @@ class Keeper:
         )
 
     def _trust(self, step: int) -> None:
-        """Candidates that enough clean steps have followed become trusted."""
+        """Candidates that enough clean steps have followed are looked at once more, and become trusted."""
         needed = self.settings.trust_steps
         if self.port.state.clean_steps < needed or step < self._no_trust_before_step:
             return
-        ripe = [p for p in self._candidates if step_in(p) <= step - needed]
-        for path in ripe:
-            try:
-                checkpoint.trust(path, step)
-            except OSError as error:
-                self._no_trust_before_step = step + _TRUST_RETRY_STEPS
-                self.found(checkpoint.save_failure(path / checkpoint.TRUSTED_FILE, error, 0))
-                return
-            self._candidates.remove(path)
-            record_or_halt(self.journal, "trusted", step=step, path=path.name)
-        if ripe:
+        for path in [p for p in self._candidates if step_in(p) <= step - needed and p not in self._looking_at]:
+            self._looking_at.append(path)
+            self._writer.submit(step, functools.partial(look_and_trust, path, step), task=_TRUST)
+        if not self._writer.background:
+            self.settle()
+
+    def _looked_at(self, written: Written) -> None:
+        """A candidate is trusted now, or cannot be, or the disk did not take the mark."""
+        path, self._looking_at = self._looking_at[0], self._looking_at[1:]
+        error = written.error
+        if isinstance(error, OSError):
+            self._no_trust_before_step = written.step + _TRUST_RETRY_STEPS
+            self.found(checkpoint.save_failure(path / checkpoint.TRUSTED_FILE, error, 0))
+            return
+        self._candidates = [p for p in self._candidates if p != path]
+        if isinstance(error, Untrustworthy):
+            self.found(CHECKPOINT_BAD.find(str(path), path=str(path), faults=str(error)))
+        elif error is not None:
+            raise error
+        else:
+            record_or_halt(self.journal, "trusted", step=written.step, path=path.name)
             self.rotate()
-            for path in self.run_dir.glob(f"{ABANDONED}*"):
-                _discard(path)
+            for left in self.run_dir.glob(f"{ABANDONED}*"):
+                _discard(left)
 
     def evaluated(self, step: int, loss: float) -> None:
-        """Take a held-out loss into account; NaN never is the best."""
-        if loss < (self.best[0] if self.best is not None else float("inf")):
-            self.best = (loss, step)
+        """Take a held-out loss into account; one that is not finite never is the best."""
+        if math.isfinite(loss):
+            self.losses[step] = loss
 
     def rotate(self) -> None:
         """Remove what need not be kept."""
@@ -249,13 +278,14 @@ class Keeper:
         trusted = next((p for p in here if checkpoint.is_trusted(p)), None)
         if trusted is not None:
             kept.add(trusted)
-        waiting = [p for p in here if trusted is None or step_in(p) > step_in(trusted)]
+        waiting = [p for p in here if p in self._candidates and (trusted is None or step_in(p) > step_in(trusted))]
         # Without the oldest waiting one, a short save_steps would rotate every candidate away before its time.
         kept.update(waiting[-1:])
         every = self.settings.every_steps
         kept.update(p for p in here if every and step_in(p) % every == 0)
-        if self.settings.best and self.best is not None:
-            kept.update(p for p in here if self.best is not None and step_in(p) == self.best[1])
+        if self.settings.best:
+            known = [p for p in here if step_in(p) in self.losses]
+            kept.update(sorted(known, key=lambda p: (self.losses[step_in(p)], step_in(p)))[:1])
         return kept
 
     def abandon_after(self, step: int) -> None:
@@ -266,10 +296,27 @@ class Keeper:
         if self.last_saved is not None and not self.last_saved.is_dir():
             self.last_saved = next(iter(checkpoint.listed(self.run_dir)), None)
 
+    def _forget_after(self, step: int) -> None:
+        self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
+
     def _put_aside_after(self, step: int) -> None:
+        self._forget_after(step)
         for path in [p for p in checkpoint.listed(self.run_dir) if step_in(p) > step]:
             path.rename(free_name(path.with_name(f"{ABANDONED}{self.line}-{path.name}")))
             self._candidates = [p for p in self._candidates if p != path]
+
+
+class Untrustworthy(Exception):
+    """A candidate that is not what was written."""
+
+
+def look_and_trust(path: Path, step: int) -> Path:
+    """Mark a checkpoint as trusted if it is whole. Raises Untrustworthy, OSError."""
+    faults = checkpoint.faults_of(path)
+    if faults:
+        raise Untrustworthy("; ".join(faults))
+    checkpoint.trust(path, step)
+    return path
 
 
 def _discard(path: Path) -> None:

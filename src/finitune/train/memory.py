@@ -58,7 +58,8 @@ def plan_snapshots(recipe: Recipe, port: TrainPort, free_bytes: int | None = Non
 def derived(planned: SnapshotPlan) -> Derived:
     """The line of the plan that says so."""
     value = text("train.snapshots", count=planned.num_slots, size=bytes_text(planned.snapshot_bytes))
-    why = text("train.why_snapshots", used=bytes_text(planned.used_bytes), free=bytes_text(planned.free_bytes))
+    key = "train.why_snapshots" if planned.background else "train.why_snapshots_only"
+    why = text(key, used=bytes_text(planned.used_bytes), free=bytes_text(planned.free_bytes))
     return Derived("snapshots", value, why)
 
 

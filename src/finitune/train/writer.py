@@ -20,6 +20,7 @@ class Written:
     step: int
     path: Path | None
     error: BaseException | None = None
+    task: str = ""
 
 
 class Writer:
@@ -27,7 +28,7 @@ class Writer:
 
     def __init__(self, *, background: bool) -> None:
         self.background = background
-        self._todo: queue.SimpleQueue[tuple[int, Callable[[], Path]]] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[tuple[int, Callable[[], Path], str]] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Written] = queue.SimpleQueue()
         self._open = 0
         self._thread: threading.Thread | None = None
@@ -37,16 +38,16 @@ class Writer:
         """Whether something handed over has not been reported by :meth:`finished` yet."""
         return self._open > 0
 
-    def submit(self, step: int, work: Callable[[], Path]) -> None:
-        """Hand ``work`` over; it returns the path written or raises."""
+    def submit(self, step: int, work: Callable[[], Path], *, task: str = "") -> None:
+        """Hand ``work`` over; it returns the path it was about or raises. ``task`` and ``step`` come back with it."""
         self._open += 1
         if not self.background:
-            self._done.put(_run(step, work))
+            self._done.put(_run(step, work, task))
             return
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="finitune-writer", daemon=True)
             self._thread.start()
-        self._todo.put((step, work))
+        self._todo.put((step, work, task))
 
     def finished(self, *, wait: bool = False) -> list[Written]:
         """What was finished since the last call; with ``wait``, everything that was handed over."""
@@ -62,12 +63,11 @@ class Writer:
 
     def _serve(self) -> None:
         while True:
-            step, work = self._todo.get()
-            self._done.put(_run(step, work))
+            self._done.put(_run(*self._todo.get()))
 
 
-def _run(step: int, work: Callable[[], Path]) -> Written:
+def _run(step: int, work: Callable[[], Path], task: str) -> Written:
     try:
-        return Written(step, work())
+        return Written(step, work(), task=task)
     except BaseException as error:  # noqa: BLE001  (told to the training thread, which decides)
-        return Written(step, None, error)
+        return Written(step, None, error, task)

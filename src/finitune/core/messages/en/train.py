@@ -13,6 +13,8 @@ TEXTS = {
     "train.snapshots": "{count} of {size}",
     "train.why_snapshots": "in memory, to return to any step; with the copy for saves up to {used} of {free} free",
     "train.derived.repeatable": "repeatable",
+    "train.why_snapshots_only": "in memory, to return to any step; up to {used} of {free} free; saves are not made "
+    "in the background",
     "train.derived.snapshots": "snapshots",
     "train.derived.model": "model",
     "train.derived.device": "device",

@@ -13,6 +13,7 @@ TEXTS = {
     "train.snapshots": "{count} 个，每个 {size}",
     "train.why_snapshots": "保存在内存中，可回到任意一步；连同保存用的副本最多占 {used}（空闲 {free}）",
     "train.derived.repeatable": "可重现",
+    "train.why_snapshots_only": "保存在内存中，可回到任意一步；最多占 {used}（空闲 {free}）；写检查点不在后台进行",
     "train.derived.snapshots": "快照",
     "train.derived.model": "模型",
     "train.derived.device": "设备",
