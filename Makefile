@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test check format real bench golden clean install model
+.PHONY: quickstart test check format real kill bench golden clean install model
 
 quickstart: install model
 	$(BIN)/finitune train
@@ -28,6 +28,11 @@ format: install
 # Heavier tiers: the real 135M model, and the measurements behind the README's figures.
 real: install model
 	$(BIN)/python -m pytest tests -m real --durations=15
+
+# Every kill, every refusal of the disk, every damage; `make test` takes a few of each.
+kill: install
+	FINITUNE_KILL=all FINITUNE_KILL_REPORT=benchmarks/results/kill_matrix.md OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest tests/kill -s
 
 golden: install
 	$(BIN)/python -m pytest tests/golden

@@ -56,6 +56,7 @@ class Watch:
         self.session: Any = None
 
     def on_step(self, event: Any) -> None:
+        """Sort the step's time."""
         writing = self.session is not None and self.session.keeper.busy
         (self.beside if writing else self.alone).append(event.time_s)
 
@@ -128,10 +129,10 @@ def opening(kind: str, run: str, resume: bool) -> None:
     quiet()
     started_s = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
-        if resume:
-            session = open_run(None, resume=run)
-        else:
-            session = open_run(recipe_for(kind, Path(temporary) / "new"))
+        longer = f"max_steps={2 * STEPS}"  # a finished run has nothing left to open
+        new = Path(temporary) / "new"
+        recipe = load_recipe(f"{run}/recipe.yaml", [longer]) if resume else recipe_for(kind, new, longer)
+        session = open_run(recipe, resume=run if resume else None)
         session.prepared.port.forward_backward()
         print(json.dumps(time.perf_counter() - started_s))
 

@@ -41,6 +41,16 @@ def _redirect(log: str) -> None:
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
 
 
+class _Told:
+    """An observer that remembers which findings were told, also those that came after the result was summed up."""
+
+    def __init__(self) -> None:
+        self.codes: dict[str, int] = {}
+
+    def on_finding(self, finding: Any) -> None:
+        self.codes[finding.code] = self.codes.get(finding.code, 0) + 1
+
+
 def _train(request: Mapping[str, Any]) -> dict[str, Any]:
     """Start or resume a run; the places it passed are reported where ``watch`` asks for it."""
     from finitune.core.errors import UserError, UserErrors
@@ -51,14 +61,15 @@ def _train(request: Mapping[str, Any]) -> dict[str, Any]:
     recipe = None
     if not request.get("resume") or request.get("with_recipe"):
         recipe = recipe_of(request["configuration"], Path(request["data"]), home)
-    points = _hooked(request, home / "run")
+    points, told = _hooked(request, home / "run"), _Told()
     try:
-        result = train_run(recipe, resume=str(home / "run") if request.get("resume") else None)
+        result = train_run(recipe, resume=str(home / "run") if request.get("resume") else None, observers=[told])
     except (UserError, UserErrors) as error:
         errors = error.errors if isinstance(error, UserErrors) else (error,)
         return {"status": "refused", "codes": [e.code.code for e in errors], "text": str(error), "hits": _hits(points)}
     _join_threads()
-    done = {"status": result.status, "findings": dict(result.findings), "halted": result.halted, "hits": _hits(points)}
+    findings = {**told.codes, **result.findings}
+    done = {"status": result.status, "findings": findings, "halted": result.halted, "hits": _hits(points)}
     return done | ({"points": points.seen} if points is not None and request.get("watch") else {})
 
 

@@ -128,7 +128,7 @@ def _processes(server: Server, trial: Trial, bench: Bench, home: Path, outcome: 
         if trial.disk and number == 0:
             machine.make_room(home)
         outcome.missed += "death" in request and not reply["died"] and reply["status"] == "finished"
-        lasting = number == 0 and trial.lasting
+        lasting = number == 0 and (trial.lasting or verdict.lacks_summary(outcome, home / "run"))
         if lasting:
             verdict.judge_first_end(outcome, bench.truth, home / "run")
         if reply["status"] in ("traceback", "hung") or (reply["status"] == "finished" and not lasting):

@@ -53,6 +53,13 @@ def judge_first_end(outcome: Outcome, truth: Truth, run: Path) -> None:
         outcome.faults.append("it says that it has finished, and not that its journal is not whole")
 
 
+def lacks_summary(outcome: Outcome, run: Path) -> bool:
+    """The very last file of a run could not be written; when that is said, the next process may mend it."""
+    reply = outcome.replies[-1]
+    told = reply["status"] == "finished" and SAVE_FAILED in reply["findings"]
+    return told and not (run / "summary.json").exists()
+
+
 def _lived_through(outcome: Outcome) -> list[str]:
     """A run never dies of a disk that recovers, and never passes over in silence what it could not write."""
     trial, first = outcome.trial, outcome.replies[0]

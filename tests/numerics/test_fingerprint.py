@@ -280,7 +280,7 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["digest", "tensors", "record", "x"]), JSON | st.binary().map(repr)))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_no_mark_whatever_raises(mark: dict) -> None:
     found = first_difference(mark, fingerprint(state((3,)).items(), {}))
     assert isinstance(found, str)

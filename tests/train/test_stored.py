@@ -26,11 +26,8 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "full in InternLM2's layout": ("tiny-internlm2:hidden=16,layers=1,heads=2,kv_heads=1,mlp=32,bias=1", ()),
     "full in bf16": (SMALL, ("precision=bf16-pure",)),
     "frozen embeddings": (SMALL, ("freeze=['*embed_tokens*', '*norm*']",)),
-    "frozen layers, tied": (TIED, ("freeze=['*layers.0*']",)),
     "frozen tied embeddings": (TIED, ("freeze=['*embed_tokens*']",)),
     "LoRA": (SMALL, (LORA,)),
-    "LoRA, tied": (TIED, (LORA,)),
-    "LoRA on all linear layers": (SMALL, ("lora={r: 2, target_modules: all-linear}",)),
     "LoRA and a whole head": (SMALL, ("lora={r: 2, modules_to_save: [lm_head]}",)),
     "LoRA and whole embeddings and head": (SMALL, ("lora={r: 2, modules_to_save: [lm_head, embed_tokens]}",)),
     "DoRA": (SMALL, ("lora={r: 2, use_dora: true}",)),
@@ -38,7 +35,7 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def trained(folder: Path, kind: str, steps: int = 2) -> Prepared:
+def trained(folder: Path, kind: str, steps: int = 1) -> Prepared:
     model, overrides = KINDS[kind]
     prepared = ready(folder, *overrides, "data.eval_fraction=0", model=model)
     loop = loop_of(prepared, folder)
@@ -79,7 +76,7 @@ def test_the_whole_state_comes_back_into_another_run_of_the_recipe(tmp_path: Pat
     )
     model, overrides = KINDS[kind]
     other = ready(tmp_path, *overrides, "data.eval_fraction=0", model=model).port
-    checkpoint.StoredBase(folder, 2, 2, other.parts).restore(other)
+    checkpoint.StoredBase(folder, 1, 1, other.parts).restore(other)
     assert digest(other.state_tensors(), other.state_record()) == there
 
 
@@ -117,26 +114,21 @@ def test_a_missing_weight_is_an_error_that_names_it(tmp_path: Path) -> None:
     save_file({n: t for n, t in whole.items() if n != gone}, str(path))
     with pytest.raises(KeyError, match="down_proj"):
         stored_weights(prepared.port.parts, folder)
-
-
-def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
-    prepared = trained(tmp_path, "full", steps=1)
-    folder, _ = write_copy(prepared, tmp_path)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(KeyError):
+    path.unlink()
+    with pytest.raises(KeyError, match="embed_tokens"):
         stored_weights(prepared.port.parts, folder)
 
 
-@pytest.mark.parametrize("damage", ["torn", "empty", "no safetensors"])
-def test_unreadable_files_are_an_error_of_a_promised_kind(tmp_path: Path, damage: str) -> None:
+def test_unreadable_files_are_an_error_of_a_promised_kind(tmp_path: Path) -> None:
     """The docstring promises OSError or ValueError; safetensors has an exception of its own."""
-    prepared = trained(tmp_path, "full", steps=1)
+    prepared = trained(tmp_path, "full")
     folder, _ = write_copy(prepared, tmp_path)
     path = folder / "model.safetensors"
     content = path.read_bytes()
-    path.write_bytes({"torn": content[: len(content) // 2], "empty": b"", "no safetensors": b"x" * 100}[damage])
-    with pytest.raises((OSError, ValueError)):
-        stored_weights(prepared.port.parts, folder)
+    for damaged in (content[: len(content) // 2], b"", b"x" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises((OSError, ValueError)):
+            stored_weights(prepared.port.parts, folder)
 
 
 def test_an_adapter_of_fewer_modules_does_not_fit(tmp_path: Path) -> None:
