@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import random
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +119,7 @@ def apply(damage: Damage, run_dir: Path) -> None:
     path = (run_dir if damage.in_journal or damage.in_recipe else newest) / damage.file
     if damage.kind in ("add", "forge-add"):
         path.parent.mkdir(exist_ok=True)
-        path.write_bytes(_harmful())
+        path.write_bytes(_harmful(path))
     elif damage.kind in ("swap", "forge-swap"):
         _exchange(path, other / damage.file)
         if damage.kind == "forge-swap":
@@ -149,18 +148,29 @@ def _exchange(one: Path, other: Path) -> None:
     aside.rename(other)
 
 
-_WITNESS = Path(tempfile.gettempdir()) / "finitune-was-unpickled"
-
-
 class _Executed:
     """Touches a file when it is unpickled."""
 
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (_WITNESS,)
+        return Path.touch, (self.witness,)
 
 
-def _harmful() -> bytes:
-    return pickle.dumps(_Executed())
+def _harmful(path: Path) -> bytes:
+    """A pickle for a file of a run folder; once executed, it leaves a witness beside the folder."""
+    run_dir = next(folder for folder in path.parents if folder.name == "run")
+    return pickle.dumps(_Executed(_witness(run_dir)))
+
+
+def _witness(run_dir: Path) -> Path:
+    return run_dir.absolute().with_name("was-unpickled")
+
+
+def was_unpickled(run_dir: Path) -> bool:
+    """Whether a harmful file of this run has been executed."""
+    return _witness(run_dir).exists()
 
 
 def _truncate(path: Path, chance: random.Random, seed: int) -> None:
@@ -206,8 +216,8 @@ _CHANGES: dict[str, Callable[[Path, random.Random, int], object]] = {
     "link": _link,
     "empty": lambda path, chance, seed: path.write_bytes(b""),
     "delete": lambda path, chance, seed: path.unlink(),
-    "pickled": lambda path, chance, seed: path.write_bytes(_harmful()),
-    "forge-pickled": lambda path, chance, seed: path.write_bytes(_harmful()),
+    "pickled": lambda path, chance, seed: path.write_bytes(_harmful(path)),
+    "forge-pickled": lambda path, chance, seed: path.write_bytes(_harmful(path)),
 }
 
 
@@ -248,8 +258,3 @@ _CHANGES |= {
     "garbage": _in_lines(_garbage),
     "zeros": _in_lines(_zeros),
 }
-
-
-def was_unpickled() -> bool:
-    """Whether one of the harmful files has been executed."""
-    return _WITNESS.exists()

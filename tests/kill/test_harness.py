@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
 import shutil
 from pathlib import Path
@@ -156,6 +157,14 @@ def test_every_damage_changes_something(bench: Bench, pool: Pool, tmp_path: Path
         damage.apply(what, run)
         after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         assert (before != after) == damage.changes(what, template), what
+
+
+def test_a_pickle_that_is_executed_is_noticed(bench: Bench, pool: Pool, tmp_path: Path) -> None:
+    run = shutil.copytree(bench.template(pool.servers[0], "late") / "run", tmp_path / "run")
+    damage.apply(Damage("add", "data.pkl"), run)
+    assert not damage.was_unpickled(run)
+    pickle.loads((run / "checkpoint-9" / "data.pkl").read_bytes())
+    assert damage.was_unpickled(run)
 
 
 def test_the_truth_of_a_run_holds_every_step(bench: Bench) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 CHECKPOINT_PASSED_OVER = "SYS006"
 JOURNAL_DAMAGED = "SYS041"
 SAVE_FAILED = "SYS001"
+SAVE_CODES = {SAVE_FAILED, "SYS002", "SYS010", "SYS015"}
 JOURNAL_LOST = {SAVE_FAILED, "SYS010", "SYS040"}
 
 
@@ -73,7 +74,7 @@ def _lived_through(outcome: Outcome) -> list[str]:
     reads = any("read" in f["operations"] for f in trial.faults)
     if reads and first.get("hits") and CHECKPOINT_PASSED_OVER not in first.get("findings", {}):
         return ["a checkpoint that cannot be read was not passed over by name"]
-    told = any(code.startswith("SYS0") for code in first.get("findings", {}))
+    told = first.get("findings", {}).keys() & SAVE_CODES
     writes = any(set(f["operations"]) & {"open", "write", "fsync", "rename", "mkdir", "rust"} for f in trial.faults)
     refused = any(f["error"] != "SHORT" for f in trial.faults)
     if first.get("hits") and touches_checkpoints and writes and refused and not told:
@@ -122,5 +123,5 @@ def judge_damage(outcome: Outcome, what: Damage, truth: Truth, run: Path) -> Non
             outcome.faults.append(f"the damaged file is not named: {said}")
     if what.in_journal and what.kind in damage.SEEN_IN_JOURNAL and JOURNAL_DAMAGED not in reply["findings"]:
         outcome.faults.append("the damage of the journal was not said")
-    if damage.was_unpickled():
+    if damage.was_unpickled(run):
         outcome.faults.append("a pickle was executed")

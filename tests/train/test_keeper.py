@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from finitune.core.types import Reading
 from finitune.engine.policy import Action
 from finitune.train import checkpoint, keeper
+from finitune.train.keeper import step_in
 from support.keeping import FULL, Kept, quick_write
 from support.small_port import small_port
 
@@ -112,14 +113,14 @@ def test_what_stands_is_exactly_what_the_rule_keeps(
 
 
 def test_a_short_distance_between_saves_does_not_rotate_every_candidate_away(kept: Callable[..., Kept]) -> None:
-    """With two kept and a save every step, one candidate lives through the 40 later saves that it takes."""
-    run = kept(limit=2, trust_steps=40)
-    run.step(41, save=True)
-    assert run.standing == [1, 40, 41]
+    """With two kept and a save every step, one candidate lives through the 15 later saves that it takes."""
+    run = kept(limit=2, trust_steps=15)
+    run.step(16, save=True)
+    assert run.standing == [1, 15, 16]
     assert run.trusted == [1]
-    run.step(39, save=True)
-    assert run.trusted == [40], "a trusted one is never older than twice the delay"
-    assert run.standing == [40, 79, 80]
+    run.step(14, save=True)
+    assert run.trusted == [15], "a trusted one is never older than twice the delay"
+    assert run.standing == [15, 29, 30]
 
 
 def test_the_last_trusted_one_is_never_rotated_away(kept: Callable[..., Kept]) -> None:
@@ -334,6 +335,7 @@ def test_a_candidate_that_can_never_be_trusted_holds_nothing_up_and_is_said_once
 def test_in_the_background_candidates_are_trusted_as_well(kept: Callable[..., Kept]) -> None:
     run = kept(background=True, trust_steps=5)
     run.step(save=True)
+    run.keeper.settle(wait=True)
     run.step(5)
     run.keeper.settle(wait=True)
     assert run.trusted == [1]
@@ -345,7 +347,10 @@ def test_a_candidate_that_is_rotated_away_while_it_is_looked_at_is_not_called_da
 ) -> None:
     """After an unclean step several become ripe at once; the newest of them makes the others dispensable."""
     run = kept(background=True, limit=1, trust_steps=4)
-    run.step(3, save=True)
+    for _ in range(3):
+        run.step(save=True)
+        run.keeper.settle(wait=True)
+    assert run.standing == [1, 3]
     run.step(clean=False)
     newest_is_in, look = threading.Event(), keeper.look_and_trust
 

@@ -582,7 +582,8 @@ class Slow:
             print("five", flush=True)
             time.sleep(60)
 
-train_run(tiny_recipe(Path(sys.argv[1]), "max_steps=8", "save_steps=2", "guard.trust_steps=1"), observers=[Slow()])
+settings = ("max_steps=8", "save_steps=2", "guard.trust_steps=1", "save_in_background=false")
+train_run(tiny_recipe(Path(sys.argv[1]), *settings), observers=[Slow()])
 """
 
 

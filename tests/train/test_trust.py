@@ -131,17 +131,13 @@ SICK = {
 }
 
 
-@pytest.mark.parametrize("sickness", SICK)
-@pytest.mark.parametrize("only", [None, "divergence"])
+@pytest.mark.parametrize(("sickness", "only"), [*((name, None) for name in SICK), ("a loss far above", "divergence")])
 def test_a_checkpoint_of_a_state_gone_bad_is_never_trusted(sickness: str, only: str | None) -> None:
     """All detectors together: a refusal, a warning, silence, and the next warning come before the count is full."""
-    changes = SICK[sickness]
-    if only is not None and changes.get("loss") != 60.0:
-        pytest.skip("divergence alone judges losses")
     judge = Judge.of({}) if only is None else Judge.only(only)
     for family in traces.FAMILIES:
         for after in ONSETS:
-            clean = clean_runs(gone_bad(family, after, **changes), judge)
+            clean = clean_runs(gone_bad(family, after, **SICK[sickness]), judge)
             assert trusted_at(clean, after, TRUST_STEPS) is None, (family, after)
 
 

@@ -52,6 +52,7 @@ class Line:
         """Forget what came after ``attempt``."""
         self.events = {a: e for a, e in self.events.items() if a <= attempt}
         self.marks = {a: m for a, m in self.marks.items() if a <= attempt}
+        self.wall = min(self.wall, attempt)
 
     def add(self, event: Event) -> None:
         """The next transaction. One whose number was there before tells that the run had gone back to before it."""
@@ -88,14 +89,17 @@ def line_of(records: Iterable[Mapping[str, Any]]) -> Line:
             if kind == "step":
                 line.add(event_of(record))
             elif kind == "state":
-                line.marks[int(record["attempt"])] = record["mark"]
-            elif kind in ("resume", "rollback"):
-                line.cut(int(record["attempt"]))
-                if kind == "rollback":
-                    line.rollbacks.append(int(record["to_step"]))
-                elif _changed(record):
-                    line.wall = int(record["attempt"])
-        except (AttributeError, KeyError, TypeError, ValueError):
+                if isinstance(record["mark"], Mapping):
+                    line.marks[int(record["attempt"])] = record["mark"]
+            elif kind == "resume":
+                attempt, changed = int(record["attempt"]), _changed(record)
+                line.cut(attempt)
+                line.wall = attempt if changed else line.wall
+            elif kind == "rollback":
+                attempt, to_step = int(record["attempt"]), int(record["to_step"])
+                line.cut(attempt)
+                line.rollbacks.append(to_step)
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
             continue
     return line
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,9 +18,8 @@ import torch
 from finitune.engine.port import Port
 from finitune.numerics.fingerprint import Fingerprint, fingerprint
 
-# Copying into memory that was never touched costs several times a copy into used memory; the
-# median of the last few costs forgets the first ones.
-_REMEMBERED_COSTS = 5
+# torch's CPU allocator on Linux and on Windows, and pinned host memory.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 class Buffers:
@@ -29,6 +27,11 @@ class Buffers:
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
+
+    def reserve(self, port: Port) -> None:
+        """Get the memory for the present state, if it is not there yet; what is held stays as it is."""
+        for name, tensor in port.state_tensors():
+            self._buffer(name, tensor)
 
     @torch.no_grad()
     def copy(self, port: Port) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -94,17 +97,21 @@ def state_bytes(port: Port) -> int:
 
 @dataclass(slots=True)
 class Distance:
-    """How many steps lie between snapshots, so that taking them costs ``cost_share`` of the time at most."""
+    """How many steps lie between snapshots: each is paid for by the steps that follow it.
+
+    So the cost stays under ``cost_share`` of the steps' time however it varies.
+    """
 
     cost_share: float
     steps: int = 1
-    _costs_s: list[float] = field(default_factory=list)
+    _unpaid_s: float = 0.0
 
     def measured(self, cost_s: float, step_s: float) -> None:
-        """Take the cost of a snapshot and the time of a step into account."""
-        self._costs_s = [*self._costs_s, cost_s][-_REMEMBERED_COSTS:]
+        """Take the cost of a snapshot and the time of a step (0: not known yet) into account."""
+        self._unpaid_s += cost_s
         if step_s > 0:
-            self.steps = max(1, math.ceil(median(self._costs_s) / (self.cost_share * step_s)))
+            self.steps = max(1, math.ceil(self._unpaid_s / (self.cost_share * step_s)))
+            self._unpaid_s = 0.0
 
 
 class SnapshotRing:
@@ -139,26 +146,32 @@ class SnapshotRing:
         None where the memory for another slot is not there any more; the ring then stays as small as it is.
         """
         started_s = time.perf_counter()
-        home = self._home()
+        home, victim = self._place()
         try:
-            snapshot = home.take(port)
+            home.reserve(port)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             self.num_slots = len(self.taken)
             return None
+        if victim is not None:
+            self.forget(victim)
+        self._idle = [h for h in self._idle if h is not home]
+        snapshot = home.take(port)
         self.taken.append(snapshot)
         cost_s = time.perf_counter() - started_s
         self.cost_s += cost_s
         self.distance.measured(cost_s, step_s)
         return snapshot
 
-    def _home(self) -> Buffers:
+    def _place(self) -> tuple[Buffers, Snapshot | None]:
+        """Memory for the next one, and the snapshot that has to give it up."""
         if self._idle:
-            return self._idle.pop()
-        if len(self.taken) < self.num_slots:
-            return Buffers()
-        return self.taken.pop(dispensable([s.step for s in self.taken])).home
+            return self._idle[0], None
+        if len(self.taken) < self.num_slots or not self.taken:
+            return Buffers(), None
+        victim = self.taken[dispensable([s.step for s in self.taken])]
+        return victim.home, victim
 
     def forget_after(self, attempt: int) -> None:
         """Drop the snapshots of a line that was left by going back to ``attempt``."""
@@ -173,7 +186,8 @@ class SnapshotRing:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch or Python could not get memory. torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def dispensable(steps: list[int]) -> int:

@@ -111,7 +111,10 @@ class Timeline:
             raise
 
     def _travel(self, step: int) -> Arrival:
-        line = line_of(chain(journal.read(self.journal_path), self.waiting()))
+        try:
+            line = line_of(chain(journal.read(self.journal_path), self.waiting()))
+        except OSError as error:
+            raise Unreachable(self._unreachable(step, str(error))) from error
         target = line.attempt_of(step)
         if target is None:
             raise Unreachable(self._unreachable(step, "the journal does not know this step"))
@@ -120,10 +123,9 @@ class Timeline:
             path = line.path(base.attempt, target)
             if path is None:
                 continue
-            if not base.intact():
+            if not self._restored(base):
                 findings.append(BASE_DAMAGED.find(f"step {base.step}", step=base.step))
                 continue
-            base.restore(self.port)
             self._check(line, base.attempt)
             for event in path:
                 redo(self.port, event)
@@ -132,6 +134,16 @@ class Timeline:
             return Arrival(step, base.step, num_redone, tuple(findings))
         reason = "; ".join([_NO_WAY, *(f.where for f in findings)])
         raise Unreachable(self._unreachable(step, reason))
+
+    def _restored(self, base: Base) -> bool:
+        """Whether the base is what was stored, and is the training state now."""
+        try:
+            if base.intact():
+                base.restore(self.port)
+                return True
+        except Exception:  # noqa: BLE001  (whatever is wrong with one base, the next may be good)
+            return False
+        return False
 
     def _bases(self, target: int) -> list[Base]:
         """Nearest first; snapshots before what is stored at the same place."""

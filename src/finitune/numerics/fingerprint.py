@@ -23,6 +23,8 @@ from finitune.core.journal import encode
 
 RECORD = "(record)"
 """Stands for the part of a state that is not tensors."""
+UNKNOWN = "(digest)"
+"""The digests differ, and no part of the state can be named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +67,23 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], record: Mapping[str
     return Fingerprint(whole.hexdigest(), tuple(names), tuple(sums), zlib.crc32(text))
 
 
-def first_difference(expected: Mapping[str, Any], actual: Fingerprint) -> str | None:
+def first_difference(expected: Any, actual: Fingerprint) -> str | None:
     """The first tensor in which ``actual`` differs from a journalled fingerprint; None where nothing does.
 
     :data:`RECORD` where all tensors agree and the record does not; "(number of tensors)" where they cannot be
-    compared one by one; "(digest)" where the journalled record is not one of :meth:`Fingerprint.to_json`.
+    compared one by one; :data:`UNKNOWN` where all parts agree, or where it is no record of
+    :meth:`Fingerprint.to_json`.
     """
+    if not isinstance(expected, Mapping):
+        return UNKNOWN
     if expected.get("digest") == actual.digest:
         return None
     try:
         packed = base64.b64decode(str(expected["tensors"]), validate=True)
         sums = struct.unpack(f"<{len(packed) // 4}I", packed)
     except (KeyError, ValueError, binascii.Error, struct.error):
-        return "(digest)"
+        return UNKNOWN
     if len(sums) != len(actual.sums):
         return "(number of tensors)"
     differing = (n for n, was, now in zip(actual.names, sums, actual.sums, strict=True) if was != now)
-    return next(differing, RECORD)
+    return next(differing, UNKNOWN if expected.get("record") == actual.record_sum else RECORD)

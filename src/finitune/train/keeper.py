@@ -112,10 +112,10 @@ class Keeper:
         """
         records = list(journal.read(self.journal.path))
         self.line = len(line_of(records).rollbacks)
-        self._put_aside_after(step_in(self.last_saved) if self.last_saved is not None else 0)
         for record in records:
             with contextlib.suppress(KeyError, TypeError, ValueError):  # not a record of ours
                 self._recall(record)
+        self._put_aside_after(step_in(self.last_saved) if self.last_saved is not None else 0)
 
     def _recall(self, record: Mapping[str, Any]) -> None:
         kind = record["kind"]
@@ -274,7 +274,7 @@ class Keeper:
 
     def _kept(self, here: list[Path]) -> set[Path]:
         """Newest first in ``here``."""
-        kept = set(here[: max(1, self.settings.limit)])
+        kept = {*here[: max(1, self.settings.limit)], *self._looking_at}
         trusted = next((p for p in here if checkpoint.is_trusted(p)), None)
         if trusted is not None:
             kept.add(trusted)
@@ -292,6 +292,7 @@ class Keeper:
         """Put the checkpoints of a line that was left aside; they are removed when a newer one is trusted."""
         self.settle(wait=True)
         self.line += 1
+        self._forget_after(step)
         self._put_aside_after(step)
         if self.last_saved is not None and not self.last_saved.is_dir():
             self.last_saved = next(iter(checkpoint.listed(self.run_dir)), None)
@@ -300,9 +301,10 @@ class Keeper:
         self.losses = {at: loss for at, loss in self.losses.items() if at <= step}
 
     def _put_aside_after(self, step: int) -> None:
-        self._forget_after(step)
         for path in [p for p in checkpoint.listed(self.run_dir) if step_in(p) > step]:
-            path.rename(free_name(path.with_name(f"{ABANDONED}{self.line}-{path.name}")))
+            # Where the disk refuses, the journal still tells that it is of another line.
+            with contextlib.suppress(OSError):
+                path.rename(free_name(path.with_name(f"{ABANDONED}{self.line}-{path.name}")))
             self._candidates = [p for p in self._candidates if p != path]
 
 

@@ -18,6 +18,8 @@ from torch import nn
 # Weight decay is for matrices; norms and biases are left alone (Loshchilov & Hutter's setting as
 # practised since GPT-2).
 _DECAYED_DIMENSIONS = 2
+# Adam counts its steps in an fp32 number of its own for each parameter.
+_STEP_SLOT = "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,16 @@ def moments(
 
 
 def check_moments(parameters: Sequence[tuple[str, nn.Parameter]], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise KeyError where a moment is of no trainable parameter, ValueError where its shape cannot be one's."""
+    """Raise KeyError where a moment is of no trainable parameter, ValueError where shape or dtype
+    cannot be its own.
+    """
     by_name = dict(parameters)
     for key, value in tensors.items():
-        parameter = by_name[key.rpartition("|")[0]]
-        if value.dim() and value.shape != parameter.shape:
-            raise ValueError(f"{key} is {tuple(value.shape)}, the parameter {tuple(parameter.shape)}")
+        name, _, slot = key.rpartition("|")
+        parameter = by_name[name]
+        shape, dtype = ((), torch.float32) if slot == _STEP_SLOT else (tuple(parameter.shape), parameter.dtype)
+        if (tuple(value.shape), value.dtype) != (shape, dtype):
+            raise ValueError(f"{key} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}")
 
 
 @torch.no_grad()

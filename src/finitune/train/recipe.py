@@ -153,7 +153,7 @@ class GuardSection(_Section):
     )
     trust_steps: Count = Field(
         default=40,
-        description="A checkpoint is trusted after so many clean steps; more than any detector needs to see a fault.",
+        description="A checkpoint is trusted after so many clean steps; more than any detector of a bad state needs.",
     )
     deterministic: bool = Field(
         default=True, description="Ask for deterministic kernels where the device has them; what is not is reported."

@@ -146,7 +146,8 @@ class Session:
         try:
             if loop.total_steps > port.state.step:
                 self._try_twice()
-                self.machine.after_step(0.0)
+                for finding in self.machine.after_step(0.0):
+                    self._found(finding)
             return loop.run()
         finally:
             self.train_time_s = loop.step_time_s

@@ -55,6 +55,10 @@ class RunState:
             "scaler": self.scaler.state() if self.scaler else None,
         }
 
+    def check(self, record: Mapping[str, Any]) -> None:
+        """Raise what :meth:`load` would raise, with nothing changed."""
+        RunState(scaler=LossScaler(self.scaler.settings) if self.scaler is not None else None).load(record)
+
     def load(self, record: Mapping[str, Any]) -> None:
         """Restore what :meth:`record` gave. Raises KeyError or ValueError for a foreign record."""
         if record["schema"] != SCHEMA:

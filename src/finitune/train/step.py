@@ -213,6 +213,7 @@ class TrainPort:
         weights = dict(self.parts.parameters)
         moments = {name: tensor for name, tensor in tensors.items() if name not in weights}
         optim.check_moments(self.parts.parameters, moments)
+        self.state.check(record)
         copy_over({name: tensor for name, tensor in tensors.items() if name in weights}, weights)
         optim.restore_moments(self.parts.optimizer, self.parts.parameters, moments)
         self.state.load(record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from finitune.core import journal as journals
@@ -12,7 +13,7 @@ from finitune.core.types import Finding
 from finitune.core.units import bytes_text
 from finitune.engine.codes_time import NO_SNAPSHOTS
 from finitune.engine.line import line_of
-from finitune.engine.snapshot import Buffers, Snapshot
+from finitune.engine.snapshot import Buffers, Snapshot, is_out_of_memory
 from finitune.engine.timeline import Arrival, Base, Timeline
 from finitune.numerics.fingerprint import fingerprint
 from finitune.train import checkpoint
@@ -31,6 +32,7 @@ class TimeMachine:
         self.timeline = Timeline(self.port, journal.path, self.ring, self._stored, journal.waiting)
         self.shadow: Snapshot | None = None
         """The state before the step at hand, where the recipe asks for it."""
+        self._said = False
         self.digest_s = 0.0
         """Seconds spent on journalled digests."""
         self._shadow_buffers = Buffers() if prepared.snapshots.shadow else None
@@ -45,9 +47,25 @@ class TimeMachine:
                 findings.append(self._out_of_memory())
         if state.step % self.prepared.recipe.snapshots.digest_steps == 0:
             self._journal_digest(snapshot)
-        if self._shadow_buffers is not None:
-            self.shadow = self._shadow_buffers.take(self.port)
-        return findings
+        if self._shadow_buffers is not None and not self._take_shadow(self._shadow_buffers):
+            findings.append(self._out_of_memory())
+        return [f for f in findings if self._first_time(f)]
+
+    def _take_shadow(self, buffers: Buffers) -> bool:
+        """Copy the state before the next step; False, and never again, where there is no memory for it."""
+        self.shadow = None
+        try:
+            self.shadow = buffers.take(self.port)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._shadow_buffers = None
+        return self.shadow is not None
+
+    def _first_time(self, _finding: Finding) -> bool:
+        """A lack of memory is said once."""
+        first, self._said = not self._said, True
+        return first
 
     def _journal_digest(self, snapshot: Snapshot | None) -> None:
         started_s = time.perf_counter()
@@ -66,7 +84,7 @@ class TimeMachine:
 
     def _stored(self) -> Iterator[Base]:
         """States outside of memory: checkpoints, and the start of the run."""
-        rollbacks = line_of(journals.read(self.journal.path)).rollbacks
+        rollbacks = line_of(chain(journals.read(self.journal.path), self.journal.waiting())).rollbacks
         yield from checkpoint.bases(self.run_dir, rollbacks, self.port.parts)
         yield Origin(self.prepared.recipe)
 
@@ -93,4 +111,5 @@ class TimeMachine:
             base=arrival.base_step,
         )
         self.ring.forget_after(attempt)
+        self.shadow = None
         return arrival
