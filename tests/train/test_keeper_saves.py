@@ -357,3 +357,17 @@ def test_a_run_that_becomes_non_finite_halts_with_the_last_good_checkpoint(tmp_p
     assert "NUM101" in result.findings
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4"]
     assert checkpoint.faults_of(tmp_path / "run" / "checkpoint-4") == []
+
+
+def test_a_checkpoint_is_written_when_the_newest_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose steps take minutes should not lose hours, whatever save_steps says."""
+    now_s = [0.0]
+    monkeypatch.setattr("finitune.train.keeper.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr(checkpoint, "write", quick_write)
+    run = Kept(tmp_path, minutes=2.0)
+    run.keeper._begun_s = 0.0
+    for _ in range(6):
+        now_s[0] += 50.0
+        run.step()
+    assert run.standing == [3, 6], "after 150 s, and 150 s later"
+    run.journal.close()

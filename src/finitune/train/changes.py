@@ -217,6 +217,7 @@ RECIPE_RULES: Mapping[str, Rule] = {
     "logging_steps": _HARMLESS,
     "eval_steps": _HARMLESS,
     "save_steps": _HARMLESS,
+    "save_minutes": _HARMLESS,
     "save_total_limit": _HARMLESS,
     "save_keep_every_steps": _HARMLESS,
     "save_keep_best": _HARMLESS,

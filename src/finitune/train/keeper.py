@@ -46,6 +46,8 @@ class KeepSettings:
     """Checkpoints of these steps are kept for good."""
     best: bool = False
     """Keep the one with the lowest held-out loss."""
+    minutes: float | None = None
+    """A checkpoint, too, when the newest was begun so long ago."""
     trust_steps: int = 40
     """Clean steps after which a candidate is trusted."""
     background: bool = True
@@ -89,6 +91,7 @@ class Keeper:
     """Candidates that the writer looks at, in its order."""
     _no_trust_before_step: int = 0
     _last_try: bool = False
+    _begun_s: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self._writer = Writer(background=self.settings.background)
@@ -127,6 +130,7 @@ class Keeper:
     def save(self, step: int) -> None:
         """Begin a checkpoint of the present state; waits for the one before, if that is still being written."""
         started_s = time.perf_counter()
+        self._begun_s = time.monotonic()
         self.settle(wait=True)
         try:
             self._sync_journal()
@@ -166,9 +170,16 @@ class Keeper:
     def after_step(self, step: int) -> None:
         """Look after what is under way. Raises Halted where a state to be saved was not finite."""
         self.settle()
-        if self._retry is not None and step >= self._retry.at_step and not self._writer.busy:
+        if self._overdue(step) and not self._writer.busy:
             self.save(step)
         self._trust(step)
+
+    def _overdue(self, step: int) -> bool:
+        """A failed save is to be tried again, or the newest checkpoint is old."""
+        if self._retry is not None:
+            return step >= self._retry.at_step
+        minutes = self.settings.minutes
+        return minutes is not None and time.monotonic() - self._begun_s >= 60.0 * minutes
 
     def finish(self, step: int) -> bool:
         """A checkpoint of this very step, unless it stands already; waits until it is written. True if it stands."""

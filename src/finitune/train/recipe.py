@@ -291,6 +291,9 @@ class Recipe(_Section):
     save_steps: Count | None = Field(
         default=None, description="Write a checkpoint every so many steps; null writes one at the end only."
     )
+    save_minutes: Annotated[Real, Field(gt=0.0, le=1e6)] | None = Field(
+        default=15.0, description="Write a checkpoint, too, when the newest is so many minutes old; null does not."
+    )
     save_total_limit: Annotated[Whole, Field(ge=1, le=10000)] = Field(
         default=2, description="Checkpoints kept; the last trusted one is never removed."
     )

@@ -269,6 +269,7 @@ class Session:
                 limit=recipe.save_total_limit,
                 every_steps=recipe.save_keep_every_steps,
                 best=recipe.save_keep_best,
+                minutes=recipe.save_minutes,
                 trust_steps=recipe.guard.trust_steps,
                 background=self.prepared.snapshots.background,
             ),
