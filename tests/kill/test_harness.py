@@ -152,7 +152,7 @@ def test_every_damage_changes_something(bench: Bench, pool: Pool, tmp_path: Path
     found = damage.all_damages(template, range(1))
     kinds = {what.kind: what for what in found}
     for number, what in enumerate([*kinds.values(), Damage("swap", "optimizer.safetensors")]):
-        run = shutil.copytree(template, tmp_path / str(number))
+        run = shutil.copytree(template, tmp_path / str(number) / "run")
         before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
         damage.apply(what, run)
         after = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
