@@ -24,10 +24,6 @@ _STARTED_S = time.monotonic()
 Run = Callable[[Iterable[Trial]], list[Outcome]]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "kill: the kill matrix; whole with FINITUNE_KILL=all")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of it is the marker's; without fork nothing of it can be done."""
     here = Path(__file__).parent

@@ -86,8 +86,9 @@ def said(run: Path, code: str) -> dict[str, Any]:
 
 
 def sign(checkpoint: Path, **facts: Any) -> None:
-    """Give a checkpoint a manifest that agrees with its files, whatever they hold now."""
-    old = {k: v for k, v in read_manifest(checkpoint).items() if k not in ("schema", "files", "self")}
+    """Give a checkpoint a manifest that agrees with its files, whatever they hold now, and tells no state."""
+    left_out = ("schema", "files", "self", "state")
+    old = {k: v for k, v in read_manifest(checkpoint).items() if k not in left_out}
     (checkpoint / MANIFEST).unlink()
     write_manifest(checkpoint, {**old, **facts})
 

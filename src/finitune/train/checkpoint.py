@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from finitune.engine.codes import CHECKPOINT_BAD, SAVE_FAILED, STATE_NOT_FINITE
 from finitune.engine.line import line_of
 from finitune.engine.port import Port
 from finitune.models.save import write_model
-from finitune.numerics.fingerprint import fingerprint
+from finitune.numerics.fingerprint import RECORD, UNKNOWN, fingerprint, first_difference
 from finitune.numerics.norms import bad_names, tensor_norms
 from finitune.train import optim
 from finitune.train.step import Parts, TrainPort
@@ -91,8 +92,8 @@ def write(content: Content, parts: Parts, tokenizer: Any, run_dir: Path) -> Path
     """
     refuse_non_finite(content.tensors.items(), str(run_dir), content.step)
     target = run_dir / f"{PREFIX}{content.step}"
-    digest = fingerprint(content.tensors.items(), content.record).digest
-    if _holds(target, digest, content.line):
+    mark = fingerprint(content.tensors.items(), content.record)
+    if _holds(target, mark.digest, content.line):
         return target
     if not run_dir.is_dir():
         raise FileNotFoundError(2, "the run folder has vanished", str(run_dir))
@@ -105,7 +106,7 @@ def write(content: Content, parts: Parts, tokenizer: Any, run_dir: Path) -> Path
         text = json.dumps(encode(content.record), indent=1, allow_nan=False)
         (folder / STATE_FILE).write_text(text, encoding="utf-8")
         counters = {key: content.record[key] for key in ("step", "updates", "attempt")}
-        counters |= {"line": content.line, "journal": content.journal, "state_digest": digest}
+        counters |= {"line": content.line, "journal": content.journal, "state": mark.to_json()}
         write_manifest(folder, {**counters, "facts": encode(content.facts)})
     return target
 
@@ -115,7 +116,8 @@ def _holds(folder: Path, digest: str, line: int) -> bool:
     if not folder.is_dir() or verify_manifest(folder, beside=(TRUSTED_FILE,)):
         return False
     manifest = read_manifest(folder)
-    return bool(manifest.get("state_digest") == digest and manifest.get("line") == line)
+    state = manifest.get("state")
+    return isinstance(state, dict) and state.get("digest") == digest and manifest.get("line") == line
 
 
 def save_failure(target: Path, error: OSError, needed_bytes: int) -> Finding:
@@ -141,28 +143,33 @@ def listed(run_dir: Path) -> list[Path]:
 def faults_of(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, one sentence each; empty for a good one."""
     faults = verify_manifest(folder, beside=(TRUSTED_FILE,))
-    if faults:
-        return faults
-    manifest = read_manifest(folder)
-    missing = [f for f in (OPTIMIZER_FILE, STATE_FILE) if f not in manifest["files"]]
+    try:
+        manifest = read_manifest(folder)
+    except (OSError, ValueError, RecursionError):
+        return faults  # that the manifest is broken is among them
     named, written = folder.name[len(PREFIX) :], manifest.get("step")
     if str(written) != named:
         faults.append(f"{MANIFEST_FILE}: written at step {written}, but the folder is {folder.name}")
+    if "self" not in manifest:
+        faults.append(f"{MANIFEST_FILE}: no digest of itself")
     for key in ("step", "attempt", "line"):
         if type(manifest.get(key)) is not int:
             faults.append(f"{MANIFEST_FILE}: {key} is {manifest.get(key)!r}, not a number")
-    return faults + [f"{name}: missing" for name in missing]
+    missing = [f for f in (OPTIMIZER_FILE, STATE_FILE) if f not in manifest["files"]]
+    return faults + [f"{name}: missing" for name in missing if not any(f.startswith(name) for f in faults)]
 
 
-def newest_good(run_dir: Path) -> tuple[Path | None, list[Finding]]:
+def newest_good(run_dir: Path, known: Mapping[Path, str] = MappingProxyType({})) -> tuple[Path | None, list[Finding]]:
     """The newest checkpoint that agrees with its manifest, and a Finding for each that was passed over.
+
+    ``known`` tells what is wrong with checkpoints beyond what their files show.
 
     Checkpoints of a line that the run has left by going back are no longer part of it.
     """
     findings: list[Finding] = []
     rollbacks = line_of(journal.read(run_dir / _JOURNAL_FILE)).rollbacks if _has_journal(run_dir) else []
     for path in listed(run_dir):
-        faults = faults_of(path)
+        faults = [known[path]] if path in known else faults_of(path)
         if not faults and on_the_line(path, rollbacks):
             return path, findings
         if faults:
@@ -190,6 +197,24 @@ def load(port: TrainPort, folder: Path) -> None:
     optim.check_moments(port.parts.parameters, tensors)
     optim.restore_moments(port.parts.optimizer, port.parts.parameters, tensors)
     port.state.load(record)
+
+
+def other_than_written(folder: Path, port: TrainPort) -> str | None:
+    """Where the port's state, just loaded from ``folder``, is not the one that the checkpoint was written from.
+
+    Files that agree with their manifest may still be of another checkpoint, if somebody changed both. None where all
+    is as it was, or where the manifest does not tell; else the file and, in brackets, its first differing tensor.
+    """
+    state = read_manifest(folder).get("state")
+    if state is None:
+        return None
+    different = first_difference(state, fingerprint(port.state_tensors(), port.state_record()))
+    if different is None:
+        return None
+    weights = next((p.name for p in sorted(folder.glob("*model*.safetensors"))), "*.safetensors")
+    files = {RECORD: STATE_FILE, UNKNOWN: MANIFEST_FILE, "(number of tensors)": OPTIMIZER_FILE}
+    file = files.get(different) or (OPTIMIZER_FILE if "|" in different else weights)
+    return f"{file} ({different})"
 
 
 @dataclass(frozen=True, slots=True)

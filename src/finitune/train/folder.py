@@ -120,8 +120,21 @@ def find_place(name: str) -> Place:
 
 
 def _has_recipe(path: Path) -> bool:
+    """A run: where recipe.yaml was lost, the journal that was begun after it tells the recipe too."""
     # os.path, not pathlib: a name may be no possible path at all.
-    return os.path.isfile(path / RECIPE_FILE)
+    return os.path.isfile(path / RECIPE_FILE) or _has_journal(path)
+
+
+def _has_journal(path: Path) -> bool:
+    try:
+        return os.path.getsize(path / JOURNAL_FILE) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def without_recipe(path: Path) -> UserError:
+    """Neither recipe.yaml nor anything else tells the recipe of this run."""
+    return UserError(RESUME_IMPOSSIBLE, "--resume", path=str(path), reason=_why_no_recipe(path))
 
 
 def _why_not(path: Path) -> str:
@@ -139,6 +152,11 @@ def _why_not(path: Path) -> str:
         return text("resume.no.unreadable", error=error)
     if not held:
         return text("resume.no.not_begun", found=", ".join(begun[:3])) if begun else text("resume.no.empty")
+    return _why_no_recipe(path)
+
+
+def _why_no_recipe(path: Path) -> str:
+    held = _content(path)
     key = "resume.no.not_begun" if JOURNAL_FILE in held else "resume.no.recipe"
     return text(key, found=", ".join(held[:3]))
 

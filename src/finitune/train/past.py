@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from finitune.core import journal
 from finitune.core.files import read_manifest
-from finitune.train.folder import JOURNAL_FILE, RECIPE_FILE, Place, unusable
+from finitune.train.folder import JOURNAL_FILE, RECIPE_FILE, Place, unusable, without_recipe
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_io import load_recipe
 
@@ -99,6 +100,8 @@ def stored_recipe(place: Place, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises UserError, UserErrors: everything that is wrong with recipe.yaml or the overrides.
     """
+    if not (place.run_dir / RECIPE_FILE).is_file():
+        return _recovered(place, overrides)
     path = str(place.run_dir / RECIPE_FILE)
     given = list(overrides)
     named = {override.partition("=")[0].strip() for override in given}
@@ -108,6 +111,20 @@ def stored_recipe(place: Place, overrides: Iterable[str] = ()) -> Recipe:
     if place.chosen is None:
         return load_recipe(path, given)
     return load_recipe(path, [*_as_overrides(path, facts_of_checkpoint(place.chosen).get("recipe")), *given])
+
+
+def _recovered(place: Place, overrides: Iterable[str]) -> Recipe:
+    """The recipe of a run whose recipe.yaml is lost, from the facts of its newest checkpoint or of its journal."""
+    folders = sorted(place.run_dir.glob("checkpoint-*"), key=lambda p: p.stat().st_mtime, reverse=True)
+    told = [facts_of_checkpoint(folder) for folder in folders]
+    told += [facts for _, facts in reversed(read_past(place.run_dir).sessions)]
+    found = next((facts["recipe"] for facts in told if isinstance(facts.get("recipe"), Mapping)), None)
+    if found is None:
+        raise without_recipe(place.run_dir)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / RECIPE_FILE
+        path.write_text(json.dumps(found), encoding="utf-8")  # JSON is YAML
+        return stored_recipe(Place(Path(scratch)), overrides)
 
 
 def _as_overrides(path: str, then: Any) -> Iterator[str]:

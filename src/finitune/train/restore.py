@@ -36,6 +36,10 @@ _SLOTS = {"sgd": {"momentum_buffer"}}
 _ADAM_SLOTS = {"exp_avg", "exp_avg_sq", "step"}
 
 
+class OtherState(Exception):
+    """A checkpoint whose files agree with its manifest does not hold the state that it was written from."""
+
+
 def restore(prepared: Prepared, folder: Path, step: int, moved: Facts | None = None) -> None:
     """Moments, cursor, statistics and counters of a verified checkpoint; the weights came with the model.
 
@@ -48,10 +52,14 @@ def restore(prepared: Prepared, folder: Path, step: int, moved: Facts | None = N
 
     Raises:
         UserError: SYS005 where the state is not one of this run.
+        OtherState: its digest is not that of the state the checkpoint was written from (not asked with ``moved``).
     """
     port = prepared.port
     try:
         checkpoint.load(port, folder)
+        other = checkpoint.other_than_written(folder, port) if moved is None else None
+        if other is not None:
+            raise OtherState(text("resume.no.other_state", where=other))
         if moved is not None:
             port.state.cursor = _moved(prepared, moved)
         problem = next(_faults(prepared, step), None)

@@ -11,9 +11,10 @@ the run. Every difference that is gone on with is a finding, and a line of the j
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from finitune.core.errors import UserError, UserErrors, raise_all
@@ -35,14 +36,13 @@ from finitune.train.codes_resume import (
     RESUMED,
 )
 from finitune.train.facts import facts_of
-from finitune.train.folder import JOURNAL_FILE, RECIPE_FILE, Place
+from finitune.train.folder import JOURNAL_FILE, Place
 from finitune.train.journal_state import journal_findings
 from finitune.train.keeper import ABANDONED, step_in
-from finitune.train.past import Facts, Past, fact, facts_of_checkpoint, read_past
+from finitune.train.past import Facts, Past, fact, facts_of_checkpoint, read_past, stored_recipe
 from finitune.train.prepare import Prepared, prepare
 from finitune.train.recipe import Recipe
-from finitune.train.recipe_io import load_recipe
-from finitune.train.restore import FOREIGN, rate_under, restore
+from finitune.train.restore import FOREIGN, OtherState, rate_under, restore
 
 DAMAGED = "damaged-"
 
@@ -83,15 +83,15 @@ class Listing(tuple[str, ...]):
         return "".join(f"\n    {line}" for line in self)
 
 
-def choose_point(place: Place, past: Past) -> Point:
-    """The checkpoint to go on from. Writes nothing.
+def choose_point(place: Place, past: Past, known: Mapping[Path, str] = MappingProxyType({})) -> Point:
+    """The checkpoint to go on from; ``known`` tells what is wrong with some. Writes nothing.
 
     Raises UserError SYS005: the named one is damaged, or none of those that were saved is left.
     """
     try:
         if place.chosen is not None:
             return _named(place, place.chosen, past)
-        folder, findings = checkpoint.newest_good(place.run_dir)
+        folder, findings = checkpoint.newest_good(place.run_dir, known)
     except FOREIGN as error:
         raise _impossible(place.chosen or place.run_dir, repr(error)) from error
     damaged = tuple(Path(f.where) for f in findings)
@@ -127,7 +127,20 @@ def prepare_resumed(place: Place, recipe: Recipe, *, allow_changes: bool) -> Res
     allowed (SYS020), and whatever preparing the recipe finds.
     """
     past = read_past(place.run_dir)
-    point = choose_point(place, past)
+    known: dict[Path, str] = {}
+    while True:
+        point = choose_point(place, past, known)
+        try:
+            return _prepare_at(point, past, recipe, allow_changes)
+        except OtherState as other:
+            assert point.folder is not None, "the start of a run is of no other state"
+            if place.chosen is not None:
+                raise _impossible(point.folder, text("resume.no.damaged", faults=str(other))) from other
+            known[point.folder] = str(other)
+
+
+def _prepare_at(point: Point, past: Past, recipe: Recipe, allow_changes: bool) -> Resumed:
+    """The run at one checkpoint. Raises OtherState where that does not hold what was written."""
     weigh = _Weighing(point, past, allow_changes, _stored_facts(point, past))
     prepared = _prepare(recipe, weigh)
     now = facts_of(recipe, prepared)
@@ -147,7 +160,7 @@ def _stored_facts(point: Point, past: Past) -> Facts | None:
     facts = facts_of_checkpoint(point.folder) if point.folder is not None else {}
     facts = facts or past.facts_at(point.step)
     if not isinstance(facts.get("recipe"), dict):
-        stored = load_recipe(str(point.place.run_dir / RECIPE_FILE))
+        stored = stored_recipe(Place(point.place.run_dir))
         facts = {**facts, "recipe": stored.model_dump(mode="json")}
     return facts
 

@@ -146,7 +146,7 @@ def _session(
     stored = to_yaml(resolved(prepared.recipe, prepared)).encode()
     path, journal = run_dir / folder.RECIPE_FILE, None
     try:
-        if resumed is None or path.read_bytes() != stored:
+        if resumed is None or not path.is_file() or path.read_bytes() != stored:
             write_atomic(path, stored)
         journal = Journal(run_dir / folder.JOURNAL_FILE)
         if resumed is not None:

@@ -16,6 +16,7 @@ TEXTS = {
     "resume.no.not_begun": "there is no recipe.yaml beside {found}: it was removed, or the run was stopped before it "
     "began to train",
     "resume.no.runs": "no run was found there",
+    "resume.no.other_state": "{where} is not what it was written from: of another checkpoint, or a changed manifest",
     "resume.no.damaged": "it is damaged ({faults})",
     "resume.no.all_damaged": "no intact checkpoint is left ({faults})",
     "resume.no.lost": "no intact checkpoint is left; {names} were saved and are not there any more",

@@ -15,6 +15,7 @@ TEXTS = {
     "resume.no.recipe": "它不是训练目录：{found} 旁边没有 recipe.yaml",
     "resume.no.not_begun": "{found} 旁边没有 recipe.yaml：它被删除了，或训练在开始之前就被停止",
     "resume.no.runs": "那里没有找到训练",
+    "resume.no.other_state": "{where} 不是写入检查点时的内容：来自其他检查点的文件，或清单被改动",
     "resume.no.damaged": "它已损坏（{faults}）",
     "resume.no.all_damaged": "没有完好的检查点（{faults}）",
     "resume.no.lost": "没有完好的检查点；曾保存过 {names}，现已不在",
