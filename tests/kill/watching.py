@@ -60,6 +60,8 @@ class Watch:
         if event == "open":
             self._opening(*args[:3])
         elif event in _EVENTS:
+            if event == "os.mkdir" and os.path.isdir(args[0]):
+                return  # the system says EEXIST, whatever state the disk is in; makedirs(exist_ok=True) asks so
             operation, num_paths, folder_at = _EVENTS[event]
             folder = args[folder_at] if folder_at < len(args) else _NO_FOLDER
             names = [self._name_in(path, folder) for path in args[:num_paths]]
