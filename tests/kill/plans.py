@@ -25,7 +25,7 @@ SHARE = float(_EXTENT) if _EXTENT not in ("", "all") else 1.0
 SEED = int(os.environ.get("FINITUNE_KILL_SEED", "1"))
 EVERY_PLACE = "full fp32"
 """Killed at all places in every manner; the others at one place of every kind, in one manner."""
-_RANDOM = 40 if FULL else 1
+_RANDOM = 50 if FULL else 1
 _CHAINS = 30 if FULL else 1
 _STOPS = 15
 _SIGKILL = 9
