@@ -116,10 +116,7 @@ def judge_damage(outcome: Outcome, what: Damage, truth: Truth, run: Path) -> Non
     outcome.unreadable += unreadable(run)
     if what.in_checkpoint:
         said = [str(r) for r in read(run / "journal.jsonl") if r.get("code") == CHECKPOINT_PASSED_OVER]
-        names = {"folders": ("checkpoint-9", "checkpoint-6")}.get(what.file, (Path(what.file).name,))
-        if what.file == "manifest.json" and what.kind in ("swap", "shape"):
-            # One that is whole in itself, but not of these files: then these are what differs from it.
-            names = ("checkpoint-9",)
+        names = ("checkpoint-9", "checkpoint-6") if what.file == "folders" else (Path(what.file).name,)
         if CHECKPOINT_PASSED_OVER not in reply["findings"]:
             outcome.faults.append("a damaged checkpoint was not found out")
         elif not all(any(name in text for text in said) for name in names):

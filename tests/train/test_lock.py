@@ -213,7 +213,8 @@ def test_a_forked_child_neither_gives_back_nor_keeps_the_lock(run_dir):
             assert in_use(run_dir)
             process.kill()
             os.kill(child, 0)
-            until_s = time.monotonic() + 10  # the child closes its copy as the first thing it does, once it is scheduled
+            # The child closes its copy as the first thing it does, once it is scheduled.
+            until_s = time.monotonic() + 10
             while in_use(run_dir) and time.monotonic() < until_s:
                 time.sleep(0.01)
             assert not in_use(run_dir), "an orphan keeps the lock of a dead run"
