@@ -65,7 +65,7 @@ def as_markdown(time_s: float) -> str:
         "",
         _INTRODUCTION,
         "",
-        f"{today}, {platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}; "
+        f"{today}, {platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}, {packages}; "
         f"{time_s / 60:.0f} minutes. `FINITUNE_KILL=all python -m pytest tests/kill`.",
         "",
         "| " + " | ".join(_HEAD) + " |",
