@@ -14,11 +14,15 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "guard": "finitune.adapters.bare_guard",
     "load_recipe": "finitune.train.recipe_io",
     "open_run": "finitune.train.run",
     "plan_run": "finitune.train.run",
     "train_run": "finitune.train.run",
+    "BareGuard": "finitune.adapters.bare_guard",
+    "Halted": "finitune.core.errors",
     "RunResult": "finitune.train.result",
+    "StepOutcome": "finitune.adapters.bare_guard",
     "UserError": "finitune.core.errors",
     "UserErrors": "finitune.core.errors",
 }

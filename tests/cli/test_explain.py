@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from finitune.cli import explain as module
 from finitune.core.codes import PREFIXES, all_codes
 
 
@@ -35,10 +34,10 @@ def test_json_page(cli):
     assert page["cures"]
 
 
-def test_a_member_adds_its_docstring(cli, monkeypatch):
-    monkeypatch.setattr(module, "page_of", lambda code: module)
-    assert "the page of a code" in cli("explain", "CFG005").out
-    assert "the page of a code" in cli("explain", "CFG005", "--json").record["code"]["notes"]
+def test_a_member_adds_its_docstring(cli):
+    assert "What it sees:" in cli("explain", "NUM001").out
+    assert "What it sees:" in cli("explain", "NUM400", "--json").record["code"]["notes"]
+    assert cli("explain", "CFG005", "--json").record["code"]["notes"] is None
 
 
 @pytest.mark.parametrize("name", ["CFG05", "CGF005", "005", "\0", "NUM", "x" * 500])

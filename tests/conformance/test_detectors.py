@@ -9,7 +9,7 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -91,6 +91,13 @@ def test_settings_are_frozen(detector: ModuleType) -> None:
         config.factor = 3.0
 
 
+@pytest.mark.parametrize("family", traces.STRANGE)
+def test_no_error_and_no_alarm_of_the_early_warnings_on_strange_health(family: str) -> None:
+    """What is healthy but looks odd; the veto of a step without a loss, or of a rare row, is right there."""
+    for name in ("gradient_ramp", "headroom_trend", "runaway", "scale_trajectory", "update_ratio"):
+        assert traces.show(traces.strange(family, 11), traces.of(registry.load("detectors", name))) == []
+
+
 @pytest.mark.parametrize("family", traces.FAMILIES)
 def test_silent_on_healthy_traces(detector: ModuleType, family: str) -> None:
     for seed in range(3):
@@ -165,12 +172,7 @@ def test_no_number_raises_or_touches_the_history(past: list[Reading], overflows:
         assert found is None or isinstance(found, Finding)
         assert history.state() == before
         # Whatever the verdict: the history must hold for a guard that is switched off, too.
-        history.committed(
-            reading.loss,
-            reading.grad_norm,
-            changed_fraction=reading.changed_fraction,
-            headroom_bits=reading.headroom_bits,
-        )
+        history.commit(reading)
     for _ in range(overflows):
         history.overflowed()
     if past:
@@ -180,11 +182,13 @@ def test_no_number_raises_or_touches_the_history(past: list[Reading], overflows:
 def test_odd_numbers_after_a_long_healthy_past(detector: ModuleType) -> None:
     history = History()
     for reading in traces.healthy("fine-tuning", 2, 40):
-        history.committed(reading.loss, reading.grad_norm, changed_fraction=0.9, headroom_bits=3.0)
+        history.commit(replace(reading, changed_fraction=0.9, headroom_bits=3.0, update_ratio=1e-4))
     before = copy.deepcopy(history.state())
     for loss in ODD:
         for other in ODD:
-            odd = Reading(step=41, loss=loss, grad_norm=other, lr=other, loss_scale=other, headroom_bits=other)
+            odd = Reading(
+                step=41, loss=loss, grad_norm=other, lr=other, loss_scale=other, headroom_bits=other, update_ratio=other
+            )
             detector.detect(history, odd, detector.Config())
     assert history.state() == before
 

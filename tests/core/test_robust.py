@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finitune.core.robust import MAD_TO_SIGMA, History, Window
+from finitune.core.types import Reading
 
 BAD = (math.nan, math.inf, -math.inf)
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -136,6 +137,77 @@ def test_an_abort_moves_counters_only() -> None:
         assert after[window] == before[window]
 
 
+def test_order_statistics_stay_right_while_values_leave_the_window() -> None:
+    numbers = random.Random(1)
+    window, values = Window(9), []
+    for _ in range(400):
+        values.append(numbers.choice([numbers.gauss(0, 1), 0.0, -0.0, 1.0, 1e300]))
+        window.add(values[-1])
+        last = values[-9:]
+        assert window.median() == median(last)
+        assert window.sigma() == MAD_TO_SIGMA * median(abs(v - median(last)) for v in last)
+        assert window.tail(3) == last[-3:]
+    assert window.tail(0) == []
+    assert window.tail(99) == values[-9:]
+
+
+def reading(**fields: object) -> Reading:
+    return Reading(**{"step": 1, "loss": 2.0, "grad_norm": 1.0} | fields)  # type: ignore[arg-type]
+
+
+def test_a_reading_brings_everything_that_was_measured() -> None:
+    history = History()
+    history.commit(reading(lr=1e-3, headroom_bits=2.5, loss_scale=1024.0))
+    history.commit(reading(lr=2e-3, update_ratio=1e-4, changed_fraction=0.5))
+    history.overflowed()
+    assert list(history.headroom_bits) == [2.5]
+    assert list(history.log2_scale) == [10.0]
+    assert list(history.update_ratio) == [1e-4]
+    assert list(history.changed_fraction) == [0.5]
+    assert list(history.log_lr) == [math.log(1e-3), math.log(2e-3)]
+    assert list(history.overflows) == [0.0, 0.0, 1.0]
+    # The ratio is that of the step before, and so is the rate that it is divided by.
+    assert list(history.log_update_per_lr) == pytest.approx([math.log(1e-4 / 1e-3)])
+
+
+def test_every_headroom_knows_its_step() -> None:
+    history = History()
+    for bits in (None, 3.0, math.nan, -math.inf, 2.0, math.inf, None, 1.0):
+        history.commit(reading(headroom_bits=bits))
+    assert list(history.headroom_bits) == [3.0, 2.0, 1.0]
+    assert list(history.headroom_at) == [1.0, 4.0, 7.0]
+    assert history.num_headrooms == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+def test_odd_measurements_enter_no_logarithm(bad: float) -> None:
+    history = History()
+    history.commit(reading(lr=bad, update_ratio=bad, loss_scale=bad, headroom_bits=bad))
+    history.commit(reading(lr=1e-3, update_ratio=bad))
+    for window in (history.log2_scale, history.log_update_per_lr):
+        assert list(window) == []
+    assert list(history.log_lr) == [math.log(1e-3)]
+    assert all(math.isfinite(v) for v in (*history.update_ratio, *history.headroom_bits))
+
+
+def test_the_record_of_an_older_version_is_taken_and_the_rest_begins_empty() -> None:
+    """Runs that were begun before these windows existed go on."""
+    old = committed(1.0, 2.0, 3.0).state()
+    later = {"headroom_bits", "headroom_at", "update_ratio", "log_update_per_lr", "log_lr", "log2_scale", "overflows"}
+    record = {k: v for k, v in old.items() if k not in later | {"num_headrooms"}}
+    assert set(record) != set(old)
+    used = History()
+    for _ in range(5):
+        used.commit(reading(lr=1e-3, headroom_bits=2.5, loss_scale=8.0, update_ratio=0.1))
+    used.overflowed()
+    used.load(json.loads(json.dumps(record)))
+    assert list(used.log_loss) == list(committed(1.0, 2.0, 3.0).log_loss)
+    assert all(list(getattr(used, name)) == [] for name in later)
+    assert used.num_headrooms == 0
+    used.commit(reading(headroom_bits=1.0))
+    assert list(used.headroom_bits) == [1.0]
+
+
 def test_a_commit_ends_the_rows_but_not_the_totals() -> None:
     history = History()
     history.aborted()
@@ -150,7 +222,9 @@ def test_a_history_survives_json_bit_for_bit(events: list[tuple[float, float, fl
     history, other = History(5), History(5)
     for loss, norm, share, kind in events:
         if kind == 0:
-            history.committed(loss, norm, changed_fraction=share, headroom_bits=share)
+            history.committed(
+                loss, norm, changed_fraction=share, headroom_bits=share, update_ratio=share, loss_scale=share, lr=share
+            )
         elif kind == 1:
             history.aborted()
         else:

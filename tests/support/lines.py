@@ -33,6 +33,13 @@ def rollback(attempt: int, to_step: int) -> dict[str, Any]:
     return {"kind": "rollback", "attempt": attempt, "to_step": to_step, "from_step": 99}
 
 
+def treatment(attempt: int, *, redo: bool = True, incidents: int = 1, **conditions: Any) -> dict[str, Any]:
+    """``conditions``: what is not as configured afterwards; ``incidents``: how many the guard remembers."""
+    guard = {"incidents": list(range(incidents))}
+    record = {"kind": "treatment", "attempt": attempt, "step": attempt, "incident": incidents, "mends": []}
+    return {**record, "conditions": conditions, "guard": guard, "redo": redo}
+
+
 def resume(attempt: int, *changed: str) -> dict[str, Any]:
     """``changed``: the kinds of what differs from before."""
     changes = [{"name": "learning_rate", "kind": kind} for kind in changed]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finitune.core.journal import Journal, read
+from finitune.engine.guard import Guard, GuardSettings, Hooks
 from finitune.engine.judge import Judge
 from finitune.engine.policy import Policy
-from finitune.train.loop import Loop
+from finitune.train.loop import Loop, record_or_halt
 from finitune.train.observer import Observers
 from finitune.train.prepare import Prepared, prepare
 from finitune.train.recipe import Recipe
@@ -60,17 +62,24 @@ def ready(folder: Path, *overrides: str, model: str = "tiny-llama") -> Prepared:
 
 
 def loop_of(prepared: Prepared, folder: Path, **policy: Any) -> Loop:
-    """The main loop of a prepared run, with its journal in ``folder``."""
-    guard = prepared.recipe.guard
+    """The main loop of a prepared run, with its journal in ``folder``; failures are refused, not investigated."""
     OPEN.append(Journal(folder / "journal.jsonl"))
+    journal = OPEN[-1]
     return Loop(
         port=prepared.port,
-        judge=Judge.of(guard.detectors) if guard.enabled else Judge.only("non_finite"),
-        policy=Policy(**policy),
-        journal=OPEN[-1],
+        guard=guard_of(prepared, journal, Policy(**policy)),
+        journal=journal,
         observers=Observers([]),
         total_steps=prepared.plan.total_steps,
     )
+
+
+def guard_of(prepared: Prepared, journal: Journal, policy: Policy) -> Guard:
+    """A guard that refuses what its detectors refuse, and goes no further."""
+    wanted = prepared.recipe.guard
+    judge = Judge.of(wanted.detectors) if wanted.enabled else Judge.only("non_finite")
+    settings = GuardSettings(max_replays=0, state_check_steps=10**9)
+    return Guard(prepared.port, judge, policy, None, Hooks(partial(record_or_halt, journal)), settings)
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,9 @@ from torch import nn
 from finitune.core.types import Reading
 from finitune.engine.policy import Action
 from finitune.engine.scaler import LossScaler, ScalerSettings
+from finitune.models.precision import PRECISIONS
 from finitune.train import optim
+from finitune.train.compute import Compute
 from finitune.train.state import RunState
 from finitune.train.step import Parts, TrainPort
 
@@ -37,7 +39,8 @@ def small_port(
     parameters = tuple(model.named_parameters())
     chosen = optim.OptimSettings(name=name, lr=0.1)
     fields: dict[str, Any] = dict.fromkeys(Parts.__dataclass_fields__)
-    fields |= {"model": model, "parameters": parameters, "loader": _Steps(), "probe_every_steps": 0}
+    compute = Compute(PRECISIONS["fp16-emulated"], torch.device("cpu"))
+    fields |= {"model": model, "parameters": parameters, "loader": _Steps(), "probe_every_steps": 0, "context": compute}
     fields |= {"optimizer": optim.build(parameters, chosen), "optim_settings": chosen}
     return TrainPort(Parts(**fields), RunState(scaler=LossScaler(ScalerSettings(growth_interval=3))))
 

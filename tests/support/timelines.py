@@ -129,8 +129,8 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Shared:
     """One model for most tests: what they do to it is undone by going back to its start."""
 
-    prepared: Prepared
-    start: Snapshot
+    prepared: Prepared = field(repr=False)
+    start: Snapshot = field(repr=False)
 
     @classmethod
     def of(cls, prepared: Prepared) -> Shared:

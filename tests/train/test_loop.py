@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finitune.train.loop import loudest
+from finitune.engine.guard import loudest
 from support.faults import at_step, poison_output
 from support.runs import loop_of, ready, steps_of
 

@@ -237,9 +237,9 @@ def test_a_halted_run_keeps_its_last_good_state_and_can_go_on(tmp_path: Path) ->
     port = session.prepared.port
     poison_output(port.parts.model.get_submodule("model.layers.0.mlp.down_proj"), at_step(port, *range(6, 99)))
     result = session.run()
-    assert (result.status, result.exit_code, result.updates, result.skipped) == ("halted", 3, 5, 3)
-    assert "NUM100" in result.halted
-    assert (tmp_path / "run" / "checkpoint-8").is_dir()
+    assert (result.status, result.exit_code, result.updates, result.skipped) == ("halted", 3, 5, 1)
+    assert "NUM104" in result.halted
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
     assert train_run(None, resume=str(tmp_path / "run")).status == "finished"
 
 
@@ -257,11 +257,12 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
 
     session.observers._members.append(Spoil())
     result = session.run()
-    assert result.status == "halted"
-    assert "NUM101" in result.halted
+    assert result.status == "finished", "the next step fails, the weight is found and repaired"
+    assert result.findings["NUM101"] == 1, "the save after step 4 was refused"
     saved = list((tmp_path / "run").glob("checkpoint-*"))
-    assert [p.name for p in saved] == ["checkpoint-2"]
-    assert all(bool(torch.isfinite(t).all()) for t in load_file(str(saved[0] / "model.safetensors")).values())
+    assert "checkpoint-2" in [p.name for p in saved]
+    for path in saved:
+        assert all(bool(torch.isfinite(t).all()) for t in load_file(str(path / "model.safetensors")).values())
 
 
 def test_an_observer_that_raises_is_named_and_left_out(tmp_path: Path) -> None:
@@ -308,12 +309,12 @@ def test_the_stored_recipe_writes_out_what_was_derived(tmp_path: Path, monkeypat
 
 
 def test_the_summary_counts_what_was_found_in_steps(tmp_path: Path) -> None:
-    session = open_run(tiny_recipe(tmp_path, "max_steps=6"))
+    session = open_run(tiny_recipe(tmp_path, "max_steps=8"))
     port = session.prepared.port
-    poison_output(port.parts.model.get_submodule("model.layers.0.mlp.down_proj"), at_step(port, 2, 4))
+    poison_output(port.parts.model.get_submodule("model.layers.0.mlp.down_proj"), at_step(port, 2, 6))
     result = session.run()
     assert result.findings["NUM001"] == 2
-    assert (result.skipped, result.updates) == (2, 4)
+    assert (result.skipped, result.updates) == (2, 6)
 
 
 def test_a_tracker_without_its_package_is_refused_before_anything_starts(tmp_path: Path, monkeypatch) -> None:

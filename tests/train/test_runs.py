@@ -564,9 +564,9 @@ def test_a_real_run_in_each_state(tmp_path):
     assert page.actions == {"proceed": 6}
     assert page.derived["precision"] == "fp32"
     assert 0 < page.train_time_s <= sum(page.times_s.values())
-    assert (halted.state, halted.code, halted.can_go_on) == (State.HALTED, "NUM100", True)
+    assert (halted.state, halted.code, halted.can_go_on) == (State.HALTED, "NUM104", True)
     assert math.isnan(halted.loss)
-    assert page_of(tmp_path / "halted").findings["NUM001"] >= 3
+    assert page_of(tmp_path / "halted").findings["NUM001"] >= 1
 
 
 SLOW_RUN = """

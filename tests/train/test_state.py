@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from finitune.core.journal import encode
 from finitune.core.robust import History
 from finitune.data.loader import Cursor
+from finitune.engine.conditions import AS_CONFIGURED, Conditions
 from finitune.engine.scaler import LossScaler, ScalerSettings
 from finitune.train.state import SCHEMA, RunState
 
@@ -48,6 +49,10 @@ def states(draw: st.DrawFn, scaled: bool = True) -> RunState:
         scaler=scaler,
         loss_sum=draw(REAL),
         movement=draw(st.none() | st.tuples(st.floats(), st.floats())),
+        conditions=draw(
+            st.sampled_from([AS_CONFIGURED, Conditions(lr_factor=0.1, quarantine=("a", "b"), warmup_steps=3)])
+        ),
+        clipper=draw(st.dictionaries(st.text(max_size=5), st.lists(REAL, max_size=3), max_size=2)),
         guard=draw(st.dictionaries(st.text(max_size=5), st.lists(st.integers() | st.text(max_size=5), max_size=3))),
     )
 
@@ -108,6 +113,27 @@ def test_a_record_of_another_schema_is_refused_with_its_number(schema: Any) -> N
     record = fresh().record() | {"schema": schema}
     with pytest.raises(ValueError, match=f"schema {schema}, expected {SCHEMA}"):
         fresh().load(record)
+
+
+def test_a_record_from_before_there_were_conditions_is_read_as_configured() -> None:
+    record = fresh().record() | {"schema": 2}
+    del record["conditions"], record["clipper"]
+    state = fresh()
+    state.conditions, state.clipper = Conditions(lr_factor=0.5), {"name": "zclip"}
+    state.load(record)
+    assert state.conditions is AS_CONFIGURED
+    assert state.clipper == {}
+    assert state.record()["schema"] == SCHEMA
+
+
+@pytest.mark.parametrize("wrong", [{"no_such": 1}, None, 3, "lr_factor"])
+def test_conditions_that_do_not_exist_are_refused_with_nothing_changed(wrong: Any) -> None:
+    state = fresh()
+    state.step = 5
+    before = text_of(state.record())
+    with pytest.raises((ValueError, TypeError)):
+        state.check(fresh().record() | {"conditions": wrong})
+    assert text_of(state.record()) == before
 
 
 @pytest.mark.parametrize("missing", sorted(fresh().record()))

@@ -48,7 +48,7 @@ def test_abort_is_the_identity(tmp_path: Path, precision: str, value: float) -> 
     loop = warm(prepared, tmp_path)
     poison_output(down_proj(prepared), at_step(prepared.port, 6), value)
     before = state_digest(prepared)
-    outcome = transact(prepared.port, loop.judge, prepared.port.state.history)
+    outcome = transact(prepared.port, loop.guard.judge, prepared.port.state.history)
     assert not outcome.committed
     assert state_digest(prepared) == before
     assert all(p.grad is None for _, p in prepared.port.parts.parameters)

@@ -49,11 +49,16 @@ BAD_STATES: dict[str, dict[str, Any]] = {
     "scaler_collapse": {"loss_scale": 0.5},
     "headroom": {"headroom_bits": 0.2},
     "divergence": {"loss": 60.0},
+    "runaway": {"loss": 60.0},
 }
 """What the readings look like from the step on at which the state has gone bad, by the detector that tells."""
 
 NOT_OF_THE_STATE = {
     "nothing_to_train": "it judges the batch",
+    "gradient_ramp": "it tells what may come",
+    "headroom_trend": "it tells what may come; headroom tells when it has",
+    "scale_trajectory": "it judges the scale; the weights are finite",
+    "update_ratio": "it judges the rate, and speaks before a state has gone bad",
     "stalled_update": "weights that do not move are as good as they were; it needs up to 9 measurements, "
     "one every guard.state_check_steps",
 }
@@ -157,7 +162,7 @@ def diverging_run(folder: Path, trust_steps: int) -> dict[int, bool]:
 
     Only the slowest detector looks, and the learning rate is too small to mend anything.
     """
-    off = "{loss_spike: false, gradient_explosion: false, stalled_update: false}"
+    off = "{loss_spike: false, gradient_explosion: false, stalled_update: false, runaway: false, update_ratio: false}"
     recipe = tiny_recipe(
         folder,
         "max_steps=60",

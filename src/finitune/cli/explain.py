@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from difflib import get_close_matches
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +12,8 @@ import typer
 from finitune.cli.codes import UNKNOWN_CODE
 from finitune.cli.render import Block, Heading, Para, Raw, Table
 from finitune.cli.session import Outcome
-from finitune.core.codes import PREFIXES, Code, all_codes, page_of
+from finitune.core import codes as codes_module
+from finitune.core.codes import PREFIXES, Code, all_codes, lookup
 from finitune.core.errors import UserError
 from finitune.core.messages.catalogue import language, text
 
@@ -25,24 +27,27 @@ def explain(
     code: Annotated[str | None, typer.Argument(metavar="CODE", help="cli.explain.code", show_default=False)] = None,
 ) -> Outcome:
     """One page, or the list."""
-    return _page(_find(code)) if code else _list()
+    return _page(*_find(code)) if code else _list()
 
 
-def _find(name: str) -> Code:
-    """The code of that name, in any case. Raises UserError with close names."""
-    codes = all_codes()
+def _find(name: str) -> tuple[Code, ModuleType]:
+    """The code of that name, in any case, and where it is declared. Raises UserError with close names."""
     wanted = name.strip().upper()
-    if wanted in codes:
-        return codes[wanted]
+    found = lookup(wanted) if wanted.isalnum() else None
+    if found is not None:
+        return found
+    codes = all_codes()
+    if wanted in codes:  # declared by a name that is put together
+        return codes[wanted], codes_module
     close = get_close_matches(wanted, codes, n=3, cutoff=0.6)
     hint = text("cli.explain.did_you_mean", names=", ".join(close)) if close else ""
     raise UserError(UNKNOWN_CODE, name, name=name, hint=hint)
 
 
-def _page(code: Code) -> Outcome:
+def _page(code: Code, module: ModuleType) -> Outcome:
     page = code.text(language())
-    member = page_of(code.code)
-    notes = inspect.getdoc(member) if member else None
+    is_member = "codes" not in module.__name__.rpartition(".")[2]
+    notes = inspect.getdoc(module) if is_member else None
     blocks: list[Block] = [
         Heading(f"{code.code} {page.title}"),
         Para(text(f"cli.severity.{code.severity.value}"), text("cli.explain.severity")),

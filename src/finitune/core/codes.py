@@ -28,7 +28,7 @@ PREFIXES: Mapping[str, str] = {
 }
 
 # Packages whose members carry codes; all of them import without torch.
-_MEMBER_PACKAGES = ("detectors", "data/formats")
+_MEMBER_PACKAGES = ("detectors", "data/formats", "engine/causes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +119,24 @@ def all_codes() -> Mapping[str, Code]:
                 raise ValueError(f"code {code.code} is declared twice (again in {name})")
             found[code.code] = code
     return found
+
+
+def lookup(code: str) -> tuple[Code, ModuleType] | None:
+    """One code with the module that declares it, importing no more than that; None where there is no such code.
+
+    Files are searched for the name first: importing all that declare codes takes longer than reading them.
+    """
+    root = Path(__file__).parents[1]
+    own = [p for p in sorted(root.rglob("codes*.py")) if p.parent != root / "core"]
+    members = [p for package in _MEMBER_PACKAGES for p in sorted((root / package).glob("[a-z]*.py"))]
+    for path in [*own, *members]:
+        if f'"{code}"' not in path.read_text(encoding="utf-8"):
+            continue
+        module = importlib.import_module(".".join(path.relative_to(root.parent).with_suffix("").parts))
+        declared = [v for v in vars(module).values() if isinstance(v, Code) and v.code == code]
+        if declared:
+            return declared[0], module
+    return None
 
 
 def page_of(code: str) -> ModuleType | None:

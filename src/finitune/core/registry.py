@@ -27,10 +27,14 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "causes": Family("finitune.engine.causes", ("weigh", "CAUSE", "CODES", "FAULT_CLASS", "REMEDIES")),
+    "clippers": Family("finitune.engine.clippers", ("Clipper",)),
     "detectors": Family("finitune.detectors", ("detect", "Config", "CODES")),
+    "experiments": Family("finitune.engine.experiments", ("run", "wanted", "ORDER", "SAYS")),
     "formats": Family("finitune.data.formats", ("sniff", "to_messages")),
     "model_families": Family("finitune.models.families", ("FAMILY",)),
     "objectives": Family("finitune.train.objectives", ("compute",)),
+    "remedies": Family("finitune.engine.remedies", ("plans", "SAFETY", "SAYS")),
     "strategies": Family("finitune.train.strategies", ("Strategy",)),
     "trackers": Family("finitune.train.trackers", ("Tracker",)),
 }

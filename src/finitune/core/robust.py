@@ -7,10 +7,12 @@ rolling means all fail so); here a non-finite value is counted and turned away a
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterator, Mapping
-from statistics import median
 from typing import Any
+
+from finitune.core.types import Reading
 
 # Scale that makes the median absolute deviation estimate the standard deviation of a normal
 # sample: 1 / Phi^-1(3/4) (Rousseeuw & Croux 1993).
@@ -24,6 +26,8 @@ class Window:
         if size < 1:
             raise ValueError(f"window size {size} < 1")
         self._values: deque[float] = deque(maxlen=size)
+        self._ordered: list[float] = []
+        self._sigma: float | None = None
         self.num_refused = 0
 
     def add(self, value: float) -> bool:
@@ -31,7 +35,11 @@ class Window:
         if not math.isfinite(value):
             self.num_refused += 1
             return False
+        if len(self._values) == self._values.maxlen:
+            del self._ordered[bisect_left(self._ordered, self._values[0])]
         self._values.append(float(value))
+        insort(self._ordered, float(value))
+        self._sigma = None
         return True
 
     def __len__(self) -> int:
@@ -40,16 +48,22 @@ class Window:
     def __iter__(self) -> Iterator[float]:
         return iter(self._values)
 
+    def tail(self, count: int) -> list[float]:
+        """The newest ``count`` values, oldest first; fewer where the window holds fewer."""
+        values = self._values
+        return [values[i] for i in range(-min(count, len(values)), 0)]
+
     def median(self) -> float:
         """Median; NaN when empty."""
-        return median(self._values) if self._values else math.nan
+        return _median(self._ordered)
 
     def sigma(self) -> float:
-        """Robust standard deviation (scaled MAD); NaN when empty."""
-        if not self._values:
-            return math.nan
-        centre = self.median()
-        return MAD_TO_SIGMA * median(abs(v - centre) for v in self._values)
+        """Robust standard deviation (scaled MAD); NaN when empty. Computed once a step: several detectors ask."""
+        if self._sigma is None:
+            centre = self.median()
+            # Ordered values give a falling and a rising run of distances, which ``sorted`` merges in one pass.
+            self._sigma = MAD_TO_SIGMA * _median(sorted([abs(v - centre) for v in self._ordered]))
+        return self._sigma
 
     def state(self) -> dict[str, Any]:
         """JSON-able state; floats survive exactly."""
@@ -58,14 +72,28 @@ class Window:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave."""
         self._values = deque((float(v) for v in state["values"]), maxlen=int(state["size"]))
+        self._ordered = sorted(self._values)
+        self._sigma = None
         self.num_refused = int(state["num_refused"])
+
+
+def _median(ordered: list[float]) -> float:
+    """Median of sorted values; NaN of none."""
+    if not ordered:
+        return math.nan
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
 
 
 class History:
     """What detectors may know of the past: windows over *committed* steps, and counters.
 
-    ``log_loss`` and ``log_grad_norm`` hold natural logarithms of positive values, because losses
-    and gradient norms vary by factors, not by sums. Counters move on aborts too; the windows do not.
+    ``log_loss``, ``log_grad_norm`` and ``log_lr`` hold natural logarithms of positive values, because losses
+    and gradient norms vary by factors, not by sums; ``log2_scale`` holds binary ones. Counters move on
+    aborts too; the windows do not, but for ``overflows``: 1 for every try that overflowed under a loss
+    scale, 0 for every committed step. ``headroom_at`` holds ``num_committed`` of each value of
+    ``headroom_bits``, which is not measured at every step; ``log_update_per_lr`` the measured update ratios over
+    the learning rate of their step.
     """
 
     SIZE = 128
@@ -74,13 +102,33 @@ class History:
         self.log_loss = Window(size)
         self.log_grad_norm = Window(size)
         self.changed_fraction = Window(8)
+        self.headroom_bits = Window(40)
+        self.headroom_at = Window(40)
+        self.update_ratio = Window(32)
+        self.log_update_per_lr = Window(8)
+        self.log_lr = Window(size)
+        self.log2_scale = Window(64)
+        self.overflows = Window(20)
         self.num_committed = 0
         self.num_aborted = 0
         self.aborts_in_a_row = 0
         self.overflows_in_a_row = 0
         self.num_overflows = 0
+        self.num_headrooms = 0
         self.first_loss = math.nan
         self.first_headroom_bits = math.nan
+
+    def commit(self, reading: Reading) -> None:
+        """Take a committed step into the statistics, with everything that was measured."""
+        self.committed(
+            reading.loss,
+            reading.grad_norm,
+            changed_fraction=reading.changed_fraction,
+            headroom_bits=reading.headroom_bits,
+            update_ratio=reading.update_ratio,
+            loss_scale=reading.loss_scale,
+            lr=reading.lr,
+        )
 
     def committed(
         self,
@@ -89,8 +137,11 @@ class History:
         *,
         changed_fraction: float | None = None,
         headroom_bits: float | None = None,
+        update_ratio: float | None = None,
+        loss_scale: float | None = None,
+        lr: float | None = None,
     ) -> None:
-        """Take a committed step into the statistics."""
+        """The same from single numbers; None: not measured."""
         if loss > 0:
             self.log_loss.add(math.log(loss))
         if grad_norm > 0:
@@ -99,10 +150,31 @@ class History:
             self.changed_fraction.add(changed_fraction)
         if math.isnan(self.first_loss) and math.isfinite(loss):
             self.first_loss = loss
-        if headroom_bits is not None and math.isnan(self.first_headroom_bits) and math.isfinite(headroom_bits):
-            self.first_headroom_bits = headroom_bits
+        if headroom_bits is not None:
+            self._take_headroom(headroom_bits)
+        if update_ratio is not None:
+            self._take_update_ratio(update_ratio)
+        if loss_scale is not None and loss_scale > 0:
+            self.log2_scale.add(math.log2(loss_scale))
+        if lr is not None and lr > 0:
+            self.log_lr.add(math.log(lr))
+        self.overflows.add(0.0)
         self.num_committed += 1
         self.aborts_in_a_row = self.overflows_in_a_row = 0
+
+    def _take_headroom(self, bits: float) -> None:
+        if not self.headroom_bits.add(bits):
+            return
+        self.headroom_at.add(float(self.num_committed))
+        self.num_headrooms += 1
+        if math.isnan(self.first_headroom_bits):
+            self.first_headroom_bits = bits
+
+    def _take_update_ratio(self, ratio: float) -> None:
+        self.update_ratio.add(ratio)
+        before = self.log_lr.tail(1)
+        if ratio > 0 and before:
+            self.log_update_per_lr.add(math.log(ratio) - before[0])
 
     def aborted(self) -> None:
         """Count a batch that was given up; statistics stay as they are."""
@@ -113,23 +185,40 @@ class History:
         """Count an overflow that the loss scaler answered with a smaller scale."""
         self.num_overflows += 1
         self.overflows_in_a_row += 1
+        self.overflows.add(1.0)
 
     _WINDOWS = ("log_loss", "log_grad_norm", "changed_fraction")
+    _LATER_WINDOWS = (
+        "headroom_bits",
+        "headroom_at",
+        "update_ratio",
+        "log_update_per_lr",
+        "log_lr",
+        "log2_scale",
+        "overflows",
+    )
+    """Not in the records of older versions."""
     _COUNTERS = ("num_committed", "num_aborted", "aborts_in_a_row", "overflows_in_a_row", "num_overflows")
+    _LATER_COUNTERS = ("num_headrooms",)
     _FIRSTS = ("first_loss", "first_headroom_bits")
 
     def state(self) -> dict[str, Any]:
         """JSON-able state (NaN of an unset first value is None)."""
-        out: dict[str, Any] = {w: getattr(self, w).state() for w in self._WINDOWS}
-        out.update({c: getattr(self, c) for c in self._COUNTERS})
+        out: dict[str, Any] = {w: getattr(self, w).state() for w in self._WINDOWS + self._LATER_WINDOWS}
+        out.update({c: getattr(self, c) for c in self._COUNTERS + self._LATER_COUNTERS})
         out.update({f: None if math.isnan(getattr(self, f)) else getattr(self, f) for f in self._FIRSTS})
         return out
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` gave."""
+        """Restore what :meth:`state` gave; what the record of an older version lacks begins empty."""
+        fresh = History().state()
         for name in self._WINDOWS:
             getattr(self, name).load(state[name])
+        for name in self._LATER_WINDOWS:
+            getattr(self, name).load(state.get(name, fresh[name]))
         for name in self._COUNTERS:
             setattr(self, name, int(state[name]))
+        for name in self._LATER_COUNTERS:
+            setattr(self, name, int(state.get(name, 0)))
         for name in self._FIRSTS:
             setattr(self, name, math.nan if state[name] is None else float(state[name]))

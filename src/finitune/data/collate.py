@@ -16,6 +16,10 @@ from finitune.data.records import Encoded
 
 IGNORED = -100
 """Label of a position without loss (the convention of torch's cross entropy)."""
+# A padding mask is (B, T); a packed batch carries (B, 1, T, T).
+_PADDING_DIMENSIONS = 2
+# One token to predict, and one to predict it from.
+_LEAST_WIDTH = 2
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,16 @@ class Batch:
     """Tokens that are not padding."""
     num_supervised: int
     """Labels other than -100. The first token of a row or packed document never is one."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name."""
+        named = {
+            "ids_BT": self.ids_BT,
+            "labels_BT": self.labels_BT,
+            "attention_mask": self.attention_mask,
+            "position_ids_BT": self.position_ids_BT,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -84,6 +98,83 @@ def additive_mask(mask_B1TT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     zero = torch.zeros((), dtype=dtype, device=mask_B1TT.device)
     lowest = torch.full_like(zero, torch.finfo(dtype).min)
     return torch.where(mask_B1TT, zero, lowest)
+
+
+def chosen(batch: Batch, places: Sequence[int], rows: Sequence[RowId]) -> Batch:
+    """Only the sequences at ``places`` (along the first dimension), of which ``rows`` are the rows.
+
+    The other places hold copies of them in turn, with their targets: shapes, padding width and mask stay.
+    """
+    kept = sorted(set(places))
+    missing = iter(range(len(batch.ids_BT)))
+    index_B = torch.tensor([b if b in kept else kept[next(missing) % len(kept)] for b in range(len(batch.ids_BT))])
+    mask, positions = batch.attention_mask, batch.position_ids_BT
+    return _recounted(
+        replace(
+            batch,
+            ids_BT=batch.ids_BT[index_B],
+            labels_BT=batch.labels_BT[index_B],
+            attention_mask=None if mask is None else mask[index_B],
+            position_ids_BT=None if positions is None else positions[index_B],
+            row_ids=tuple(rows),
+        )
+    )
+
+
+def beginning(batch: Batch, num_tokens: int, pad_id: int) -> Batch:
+    """Only the first tokens of each row carry content: after them come padding tokens without a target.
+
+    Width and mask stay: in a causal model no position sees what comes after it.
+    """
+    positions = batch.position_ids_BT
+    if positions is None:
+        positions = torch.arange(batch.ids_BT.shape[1]).expand_as(batch.ids_BT)
+    late_BT = positions >= num_tokens
+    ids_BT = torch.where(late_BT, pad_id, batch.ids_BT)
+    return _recounted(replace(batch, ids_BT=ids_BT, labels_BT=torch.where(late_BT, IGNORED, batch.labels_BT)))
+
+
+def widened(batch: Batch, extra_tokens: int, pad_id: int) -> Batch:
+    """The batch with so many more columns of padding on the right; negative: with columns cut off there.
+
+    Raises ValueError where fewer than two columns would be left.
+    """
+    width = batch.ids_BT.shape[1] + extra_tokens
+    if width < _LEAST_WIDTH:
+        raise ValueError(f"a width of {batch.ids_BT.shape[1]} tokens cannot be cut by {-extra_tokens}")
+    pad = torch.nn.functional.pad
+    mask, positions = batch.attention_mask, batch.position_ids_BT
+    if mask is None and extra_tokens > 0:
+        mask = torch.ones_like(batch.ids_BT)
+    if mask is not None and mask.dim() == _PADDING_DIMENSIONS:
+        mask = pad(mask, (0, extra_tokens))
+    elif mask is not None:
+        # A padding position attends to itself alone, as in collate_packed.
+        itself_TT = torch.eye(width, dtype=torch.bool)
+        itself_TT[: batch.ids_BT.shape[1]] = False
+        mask = pad(mask, (0, extra_tokens, 0, extra_tokens)) | itself_TT
+    return _recounted(
+        replace(
+            batch,
+            ids_BT=pad(batch.ids_BT, (0, extra_tokens), value=pad_id),
+            labels_BT=pad(batch.labels_BT, (0, extra_tokens), value=IGNORED),
+            attention_mask=mask,
+            position_ids_BT=None if positions is None else pad(positions, (0, extra_tokens)),
+        )
+    )
+
+
+def _recounted(batch: Batch) -> Batch:
+    """With the counts of what is there now.
+
+    In a packed batch each row has one position 0, and so has each position of padding.
+    """
+    mask, positions = batch.attention_mask, batch.position_ids_BT
+    if positions is not None:
+        num_tokens = int((positions > 0).sum()) + len(batch.row_ids)
+    else:
+        num_tokens = batch.ids_BT.numel() if mask is None else int(mask.sum())
+    return replace(batch, num_tokens=num_tokens, num_supervised=int((batch.labels_BT[:, 1:] != IGNORED).sum()))
 
 
 def _labels(row: Encoded) -> np.ndarray:

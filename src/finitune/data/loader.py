@@ -13,7 +13,7 @@ and every row is in exactly one micro-batch of it (with ``drop_last``, in at mos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,13 +104,21 @@ class Loader:
         """Row numbers of every step: steps of micro-batches of sequences of rows."""
         return self._plan(epoch)
 
-    def at(self, cursor: Cursor) -> tuple[Batch, ...]:
+    def at(self, cursor: Cursor, *, without: Collection[str] = ()) -> tuple[Batch, ...]:
         """The micro-batches of a step.
+
+        Rows whose content hash is in ``without`` are left out; a micro-batch that has no other rows vanishes, and so
+        may all of them. All other rows stay where they were: the plan of an epoch does not know of it.
 
         Raises:
             IndexError: the epoch has no such step.
         """
-        return tuple(self._collate(micro) for micro in self._step(cursor))
+        return tuple(self._collate(micro) for micro in self._step(cursor, without))
+
+    def layout(self, cursor: Cursor, *, without: Collection[str] = ()) -> tuple[tuple[tuple[RowId, ...], ...], ...]:
+        """The row ids of each sequence of each micro-batch of a step; builds no tensors."""
+        rows = self.dataset.rows
+        return tuple(tuple(tuple(rows[i].id for i in s) for s in micro) for micro in self._step(cursor, without))
 
     def advance(self, cursor: Cursor) -> Cursor:
         """The place after this step: the next step, or the start of the next epoch."""
@@ -118,15 +126,22 @@ class Loader:
             return Cursor(cursor.epoch, cursor.step + 1)
         return Cursor(cursor.epoch + 1, 0)
 
-    def peek_rows(self, cursor: Cursor) -> tuple[RowId, ...]:
+    def peek_rows(self, cursor: Cursor, *, without: Collection[str] = ()) -> tuple[RowId, ...]:
         """Ids of a step's rows, in the order of its batches; builds no tensors."""
-        return tuple(self.dataset.rows[i].id for micro in self._step(cursor) for rows in micro for i in rows)
+        return tuple(self.dataset.rows[i].id for micro in self._step(cursor, without) for rows in micro for i in rows)
 
-    def _step(self, cursor: Cursor) -> Step:
+    def _step(self, cursor: Cursor, without: Collection[str] = ()) -> Step:
         steps = self._plan(cursor.epoch)
         if not 0 <= cursor.step < len(steps):
             raise IndexError(f"epoch {cursor.epoch} has {len(steps)} steps; there is no step {cursor.step}")
-        return steps[cursor.step]
+        return self._sifted(steps[cursor.step], frozenset(without)) if without else steps[cursor.step]
+
+    def _sifted(self, step: Step, without: frozenset[str]) -> Step:
+        """The step without the rows of these content hashes, and without what that leaves empty."""
+        rows = self.dataset.rows
+        micros = [[tuple(i for i in s if rows[i].id.digest not in without) for s in micro] for micro in step]
+        kept = [tuple(sequence for sequence in micro if sequence) for micro in micros]
+        return tuple(micro for micro in kept if micro)
 
     def _collate(self, micro: Micro) -> Batch:
         rows = self.dataset.rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
-from finitune.engine import codes_time
+from finitune.engine import codes_guard, codes_incident, codes_time
 
 TOO_MANY_ABORTS = Code(
     "NUM100",
@@ -333,4 +333,6 @@ CODES = (
     JOURNAL_LOST,
     MISSING_PACKAGE,
     *codes_time.CODES,
+    *codes_guard.CODES,
+    *codes_incident.CODES,
 )

@@ -20,6 +20,7 @@ from finitune.engine.port import Trace
 from finitune.numerics.norms import bad_names, total_norm
 
 MAX_NAMED = 8
+_HALF_BYTES = 2
 
 
 class Monitor:
@@ -28,6 +29,8 @@ class Monitor:
     def __init__(self, outputs: Sequence[tuple[str, nn.Module]], inputs: Sequence[tuple[str, nn.Module]] = ()) -> None:
         self.active = False
         self._outputs, self._inputs = outputs, inputs
+        self.wide: set[str] = set()
+        """Names of what was seen in fp32 or fp64: no limit of half precision is near there."""
         self._seen: dict[str, list[torch.Tensor]] = {}
         self._handles: list[Any] = []
         self._attach()
@@ -53,12 +56,15 @@ class Monitor:
     def _look(self, name: str, tensor: Any) -> None:
         if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel():
             self._seen.setdefault(name, []).extend(torch.aminmax(tensor.detach()))
+            if tensor.element_size() > _HALF_BYTES:
+                self.wide.add(name)
 
     def start(self) -> None:
         """Begin a step: forget what was seen, look from now on. After :meth:`close` the hooks come back."""
         if not self._handles:
             self._attach()
         self._seen.clear()
+        self.wide = set()
         self.active = True
 
     def stop(self) -> tuple[list[str], torch.Tensor | None]:
@@ -110,7 +116,7 @@ def read(trace: Trace) -> Reading:
         bad_parameters=tuple(bad[:MAX_NAMED]),
         num_bad_parameters=len(bad),
         amax=amax,
-        headroom_bits=headroom_bits(peaks, trace.half_max),
+        headroom_bits=headroom_bits([p for n, p in amax.items() if n not in trace.wide_names], trace.half_max),
         **trace.extras,
     )
 

@@ -24,6 +24,8 @@ class Action(str, Enum):
     PROCEED = "proceed"
     RETRY_SMALLER_SCALE = "retry_smaller_scale"
     SKIP_BATCH = "skip_batch"
+    TREAT = "treat"
+    """The step was refused and something is done about the cause; the same batch is computed again."""
     HALT = "halt"
 
 

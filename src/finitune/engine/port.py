@@ -6,14 +6,17 @@ engine learns of a step passes through a :class:`Trace`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from finitune.core.robust import History
 from finitune.core.types import Reading, RowId
+from finitune.engine.conditions import Conditions
 from finitune.engine.policy import Action
 
 
@@ -46,11 +49,41 @@ class Trace:
     loss_scale: float | None = None
     ranges_M2: torch.Tensor | None = None
     watch_names: Sequence[str] = ()
+    wide_names: Set[str] = frozenset()
+    """Those of ``watch_names`` that are not half precision: the residual stream under autocast is fp32."""
     half_max: float | None = None
     """Largest finite number of the compute format; None outside half precision."""
     rows: tuple[RowId, ...] = ()
     extras: Mapping[str, float | None] = field(default_factory=dict)
     """Further fields of the Reading that the port measured on the host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest part of a batch that can be computed without the rest: a row, or a pack of rows."""
+
+    micro: int
+    """Micro-batch of the step."""
+    index: int
+    """Place along the first dimension of the micro-batch's tensors."""
+    rows: tuple[RowId, ...]
+    """Its rows; more than one in a packed sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Which batch a forward and backward is to use; by default all of the batch at hand."""
+
+    step: int | None = None
+    """The batch of another step (1-based, as in a Reading), under the present state."""
+    units: tuple[int, ...] | None = None
+    """Only these units of :meth:`ReplayPort.units`. The other places of their micro-batches hold copies of them, so
+    that shapes, padding width and kernels stay; micro-batches without any of them are left out."""
+    prefix_tokens: int | None = None
+    """Only the first tokens of each row carry their content; the width stays. For causal models."""
+
+
+WHOLE = Ask()
 
 
 class Port(Protocol):
@@ -95,5 +128,99 @@ class Port(Protocol):
 
         A moment that is not among the tensors did not exist yet and is removed. Raises KeyError for a tensor that
         this model does not have or lacks, ValueError for another shape or dtype.
+        """
+        ...
+
+
+class PortState(Protocol):
+    """The part of a port's state that the guard reads and writes."""
+
+    step: int
+    """Batches used up."""
+    attempt: int
+    """Transactions made."""
+    updates: int
+    """Committed steps."""
+    history: History
+    guard: dict[str, Any]
+    """What the guard remembers, JSON-able: part of the training state."""
+
+
+class ReplayPort(Port, Protocol):
+    """A port with :attr:`Capability.REPLAY`: the step at hand can be computed again, also under other conditions.
+
+    ``conditions`` are part of the training state: ``state_record()["conditions"]`` is their JSON, and ``restore``
+    brings back those of the record.
+    """
+
+    @property
+    def state(self) -> PortState:
+        """Counters, statistics, and what the guard remembers."""
+        ...
+
+    @property
+    def scale_left(self) -> bool:
+        """There is a scaler with a smaller scale to try for the batch at hand; False where the port skips at once."""
+        ...
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The present loss scale; None where there is no scaler."""
+        ...
+
+    @property
+    def conditions(self) -> Conditions:
+        """The conditions in force."""
+        ...
+
+    def ahead(self) -> int:
+        """How many batches after the one at hand can be computed now."""
+        ...
+
+    @property
+    def model(self) -> nn.Module:
+        """The model as it is called; its module names are those of suspects and ``fp32_modules``."""
+        ...
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer; only the port steps it."""
+        ...
+
+    def adopt(self, conditions: Conditions) -> None:
+        """Bring conditions into force from the next computation on. Raises NotPossible with nothing changed."""
+        ...
+
+    def forward_backward(self, ask: Ask = WHOLE) -> Trace:
+        """As :meth:`Port.forward_backward`, for the batch that is asked for. The randomness is that of its step.
+
+        Raises NotPossible where this batch or part cannot be had.
+        """
+        ...
+
+    def units(self, step: int | None = None) -> tuple[Unit, ...]:
+        """The parts of the batch at hand, or of another step's. Raises NotPossible."""
+        ...
+
+    def clean_steps(self) -> tuple[int, ...]:
+        """Earlier steps that were committed without a warning and whose batches can be computed again; newest first."""
+        ...
+
+    def batch(self, step: int | None = None) -> Sequence[Any]:
+        """The micro-batches (nests of tensors) as the model gets them; for capture. Raises NotPossible."""
+        ...
+
+    def parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
+        """Trainable parameters with their names in ``model``."""
+        ...
+
+    def origin(self, name: str) -> torch.Tensor | None:
+        """The value that a weight or buffer had in the model that training began from, where it can still be had."""
+        ...
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the step runs under, JSON-able: precision ("fp32", "fp16", "bf16", "fp16-emulated", ...), half_max,
+        weights (dtypes of the trainable weights), loss_scale, lr, optimizer, adam_eps, betas, weight_decay,
+        max_grad_norm, attention, device, width_tokens, num_units, versions, dropout.
         """
         ...

@@ -227,7 +227,27 @@ ATTENTION_CHANGED = Code(
     ),
 )
 
+NOT_RESCALED = Code(
+    "MOD041",
+    Severity.ERROR,
+    en=Text(
+        "The residual stream cannot be rescaled",
+        "With model.residual_scale: {factor} the logits of the model family {family} change by {change} of their size.",
+        "Only a model that normalises by RMSNorm before every layer, without biases in the stream, gives the same "
+        "answers at another size of its residual stream. (In half precision a large factor overflows at once.)",
+        ("leave model.residual_scale at 1", "load the weights in fp32: precision fp32, fp16 or fp16-emulated"),
+    ),
+    zh=Text(
+        "残差流无法缩放",
+        "设置 model.residual_scale: {factor} 后，{family} 系列模型的 logits 变化了其大小的 {change}。",
+        "只有在每层之前都用 RMSNorm 归一化、且残差流中没有偏置的模型，才会在残差流大小改变后给出同样的回答。"
+        "（在半精度中，过大的倍数会立即溢出。）",
+        ("将 model.residual_scale 保持为 1", "以 fp32 加载权重：precision 取 fp32、fp16 或 fp16-emulated"),
+    ),
+)
+
 CODES = (
+    NOT_RESCALED,
     QUANTISED,
     ADAPTER_FOLDER,
     BAD_ADAPTER,

@@ -19,7 +19,8 @@ What is the same, and what is not:
 
 Semantics are those of ``torch.autocast``: weights stay fp32 and are rounded per use, outputs are real half
 tensors, gradients pass through the same rounding, ``torch.autocast(enabled=False)`` regions (RoPE in
-transformers) stay fp32, and an operation without an emulation here runs in native half: slow but true.
+transformers) stay fp32, and an operation without an emulation here runs in native half: slow but true. Under
+``finitune.numerics.compute.computed_in`` an emulation computes in plain fp32 or in emulated bf16 instead.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from finitune.numerics import compute
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -134,18 +137,25 @@ class EmulatedHalf(TorchFunctionMode):
         if dtype not in HALF_DTYPES:
             raise ValueError(f"{dtype} is not a half dtype (torch.float16 or torch.bfloat16)")
         self.dtype = dtype
-        self._autocast = torch.autocast("cpu", dtype=dtype)
+        self.half = dtype
+        """What is computed in at this moment: another one than ``dtype`` under ``compute.computed_in``."""
+        self._autocast = compute.EmulatedRegion("cpu", dtype=dtype)
         self._weights: dict[int, _Rounded] = {}
         self._input: _Rounded | None = None
 
     def __enter__(self) -> EmulatedHalf:
         self._autocast.__enter__()
         super().__enter__()
+        compute.emulation_entered(+1)
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        compute.emulation_entered(-1)
         super().__exit__(kind, error, trace)
         self._autocast.__exit__(kind, error, trace)
+        self._forget()
+
+    def _forget(self) -> None:
         self._weights.clear()
         self._input = None
 
@@ -161,23 +171,29 @@ class EmulatedHalf(TorchFunctionMode):
 
     def _in_force(self) -> bool:
         # False inside autocast(enabled=False), and inside an autocast to another dtype.
-        return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == self.dtype
+        half = compute.replaced(self.dtype)
+        if half is None or not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != half:
+            return False
+        if half != self.half:
+            self._forget()
+            self.half = half
+        return True
 
     def rounded_weight(self, weight: Tensor) -> Tensor:
         """``weight`` rounded to half, as fp32, outside the graph; a parameter is rounded once per context."""
         if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():
-            return _round(weight.detach(), self.dtype)
+            return _round(weight.detach(), self.half)
         held = self._weights.get(id(weight))
         if held is None or not held.is_of(weight):
-            held = self._weights[id(weight)] = _Rounded.of(weight, self.dtype)
+            held = self._weights[id(weight)] = _Rounded.of(weight, self.half)
         return held.value32
 
     def rounded_input(self, x: Tensor) -> Tensor:
         """``x`` rounded to half, as fp32, outside the graph; the last one is kept for its next reader."""
         if x.is_inference():
-            return _round(x.detach(), self.dtype)
+            return _round(x.detach(), self.half)
         if self._input is None or not self._input.is_of(x):
-            self._input = _Rounded.of(x, self.dtype)
+            self._input = _Rounded.of(x, self.half)
         return self._input.value32
 
 
@@ -187,7 +203,7 @@ def _linear(mode: EmulatedHalf, func: Callable[..., Any], args: tuple[Any, ...],
         return func(*args, **kwargs)
     with _Plain():
         x32, weight32 = mode.rounded_input(x), mode.rounded_weight(weight)
-        return _Linear.apply(x, weight, bias, x32, weight32, mode.dtype)
+        return _Linear.apply(x, weight, bias, x32, weight32, mode.half)
 
 
 def _linear_arguments(
@@ -207,10 +223,10 @@ def _composed(mode: EmulatedHalf, func: Callable[..., Any], args: tuple[Any, ...
 
     def half(value: Any) -> Any:
         cast = isinstance(value, Tensor) and value.dtype != torch.bool
-        return _round(value, mode.dtype) if cast else value
+        return _round(value, mode.half) if cast else value
 
     with _Plain():
-        return func(*map(half, args), **{k: half(v) for k, v in kwargs.items()}).to(mode.dtype)
+        return func(*map(half, args), **{k: half(v) for k, v in kwargs.items()}).to(mode.half)
 
 
 def _einsum(mode: EmulatedHalf, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from finitune.core.incident import Incident
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding, Severity
 from finitune.core.units import bytes_text, duration_text, number_text
+from finitune.report.incident import summary
 from finitune.report.words import aligned, finding_line, finding_text
 
 _STYLES = {Severity.NOTE: "dim", Severity.WARNING: "yellow", Severity.ERROR: "bold red"}
@@ -35,6 +37,7 @@ class Live:
         self._task: Any = None
         self._speed: deque[tuple[int, float]] = deque(maxlen=_SPEED_WINDOW_STEPS)
         self._shown_findings: dict[str, int] = {}
+        self._run = "latest"
 
     def on_plan(self, plan: Any) -> None:
         """Everything that was derived, and why."""
@@ -139,6 +142,12 @@ class Live:
             self._say(finding_line(finding), style)
         elif count == _SHOWN_FINDINGS + 1:
             self._say(text("train.more_findings", code=finding.code), style)
+
+    def on_incident(self, incident: Incident) -> None:
+        """What failed, why, and what was done about it."""
+        style = "bold red" if incident.outcome == "halted" else "yellow"
+        for line in summary(incident, self._run):
+            self._say(line, style)
 
     def on_save(self, path: str, _step: int) -> None:
         """A checkpoint stands."""

@@ -164,6 +164,7 @@ _ADAM = both("optim", "adamw_torch", "adamw_torch_fused")
 RECIPE_RULES: Mapping[str, Rule] = {
     "model.name_or_path": _MODEL,
     "model.random_init": _MODEL,
+    "model.residual_scale": _MODEL,
     "model.attn_implementation": _NUMBERS,
     "model.chat_template": _ROWS,
     "data.train": _ROWS,
@@ -231,6 +232,12 @@ RECIPE_RULES: Mapping[str, Rule] = {
     "sample.top_p": _HARMLESS,
     "guard.enabled": _GUARD,
     "guard.max_aborts_in_a_row": _GUARD,
+    "guard.policy": _GUARD,
+    "guard.max_replays": _GUARD,
+    "guard.proof_steps": _GUARD,
+    "guard.probation_steps": _GUARD,
+    "guard.max_relapses": _GUARD,
+    "guard.act_on_forecast": _GUARD,
     "guard.monitor": _GUARD,
     # Also when the movement of the weights is measured, by which a run that learns nothing is halted.
     "guard.state_check_steps": _GUARD,

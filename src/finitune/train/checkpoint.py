@@ -33,12 +33,14 @@ from finitune.core.journal import encode
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
 from finitune.engine.codes import CHECKPOINT_BAD, SAVE_FAILED, STATE_NOT_FINITE
+from finitune.engine.conditions import AS_CONFIGURED
 from finitune.engine.line import line_of
 from finitune.engine.port import Port
 from finitune.models.save import write_model
 from finitune.numerics.fingerprint import RECORD, UNKNOWN, fingerprint, first_difference
 from finitune.numerics.norms import bad_names, tensor_norms
 from finitune.train import optim
+from finitune.train.state import SCHEMA, conditions_of
 from finitune.train.step import Parts, TrainPort
 from finitune.train.stored import stored_weights
 
@@ -190,10 +192,15 @@ def on_the_line(folder: Path, rollbacks: list[int]) -> bool:
 def load(port: TrainPort, folder: Path) -> None:
     """Restore moments and state from a verified checkpoint (weights were loaded with the model).
 
-    Raises KeyError or ValueError where the checkpoint belongs to another set of parameters.
+    Raises KeyError or ValueError where the checkpoint belongs to another set of parameters, NotPossible where the
+    conditions that it was written under cannot be brought about here.
     """
     tensors = load_file(str(folder / OPTIMIZER_FILE))
     record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if conditions_of(record) != AS_CONFIGURED:
+        # Conditions may give the weights another format than the one that the model was loaded in.
+        port.restore(stored_weights(port.parts, folder) | tensors, record)
+        return
     optim.check_moments(port.parts.parameters, tensors)
     optim.restore_moments(port.parts.optimizer, port.parts.parameters, tensors)
     port.state.load(record)
@@ -206,8 +213,9 @@ def other_than_written(folder: Path, port: TrainPort) -> str | None:
     is as it was, or where the manifest does not tell; else the file and, in brackets, its first differing tensor.
     """
     state = read_manifest(folder).get("state")
-    if state is None:
-        return None
+    record = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if state is None or record.get("schema") != SCHEMA:
+        return None  # what an earlier version wrote is read, and is not the same record afterwards
     different = first_difference(state, fingerprint(port.state_tensors(), port.state_record()))
     if different is None:
         return None

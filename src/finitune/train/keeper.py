@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finitune.core import journal
+from finitune.core.errors import Halted
 from finitune.core.files import remove_folder
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
@@ -25,6 +26,7 @@ from finitune.engine.codes import CHECKPOINT_BAD
 from finitune.engine.codes_time import SAVE_RETRY
 from finitune.engine.line import line_of
 from finitune.engine.snapshot import Buffers, is_out_of_memory
+from finitune.numerics.statecheck import bad_tensors
 from finitune.train import checkpoint
 from finitune.train.codes_journal import RUN_FOLDER_GONE
 from finitune.train.loop import record_or_halt
@@ -209,8 +211,12 @@ class Keeper:
         self.saved(path, step)
 
     def _failed(self, written: Written) -> None:
-        """A refusing disk is a finding and a later try; everything else goes up."""
+        """A refusing disk is a finding and a later try; so is a bad state that was mended since."""
         error = written.error
+        if isinstance(error, Halted) and not bad_tensors(self.port.state_tensors()):
+            self.found(error.code.find(error.where, **error.data))
+            self._retry = _Retry(self.port.state.step + 1, 1)
+            return
         if not isinstance(error, OSError):
             assert error is not None
             raise error

@@ -1,13 +1,13 @@
 """The main loop.
 
 while steps are left and nobody asked to stop:
-    outcome = transact(port, judge, history)      compute -> judge -> commit | abort
-    action  = decide(outcome, history, policy)
+    turn = guard.one()           compute -> judge -> commit | abort; a failure is investigated and treated
         PROCEED              the step is in the model
         RETRY_SMALLER_SCALE  same batch again, loss scale halved
+        TREAT                same batch again, the cause removed
         SKIP_BATCH           batch given up, its row ids are in the journal
         HALT                 stop; the last good state stands
-    journal the step, tell the observers
+    tell the observers
     evaluate, sample, save where due
 """
 
@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from finitune.core.errors import Halted
 from finitune.core.journal import Journal
 from finitune.core.types import Verdict
 from finitune.engine.codes import JOURNAL_LOST, NOTHING_LEARNT, TOO_MANY_ABORTS
-from finitune.engine.judge import Judge
-from finitune.engine.line import is_clean
-from finitune.engine.policy import Action, Policy, decide, is_scale_overflow
-from finitune.engine.step import Outcome, transact
+from finitune.engine.guard import Guard, Turn
+from finitune.engine.policy import Action
+from finitune.engine.step import Outcome
 from finitune.train.observer import Observers, StepEvent
 from finitune.train.step import TrainPort
 
@@ -47,11 +46,10 @@ class Due:
 
 @dataclass(slots=True)
 class Loop:
-    """A run in progress; built by ``train/run.py``."""
+    """A run in progress; built by ``train/session.py``."""
 
     port: TrainPort
-    judge: Judge
-    policy: Policy
+    guard: Guard
     journal: Journal
     observers: Observers
     total_steps: int
@@ -86,46 +84,35 @@ class Loop:
         return True
 
     def one(self) -> Action:
-        """One transaction, its consequence, its journal line. Raises Halted."""
-        port, state = self.port, self.port.state
-        outcome = transact(port, self.judge, state.history)
-        scale_left = state.scaler is not None and not state.scaler.exhausted
-        action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=scale_left)
-        time_s = port.elapsed_s()
-        self.step_time_s += time_s
+        """One transaction and what follows from it. Raises Halted."""
+        state = self.port.state
+        turn = self.guard.one()
+        outcome = turn.outcome
+        self.step_time_s += turn.time_s
         self.num_transactions += 1
-        self._record(outcome, action, time_s)
-        self._settle(outcome, action)
-        event = StepEvent(
-            outcome.reading, outcome.judgement, action, outcome.rows, self.total_steps, state.updates, time_s
-        )
-        self.observers.tell("step", event)
-        if action is Action.HALT:
-            raise self._too_many(outcome)
-        self._halt_if_still(outcome)
-        return action
-
-    def _record(self, outcome: Outcome, action: Action, time_s: float) -> None:
-        reading, judgement = outcome.reading, outcome.judgement
-        self.counts.update(f.code for f in judgement.findings)
-        self._write(
+        self.counts.update(f.code for f in outcome.judgement.findings)
+        self.observers.tell(
             "step",
-            attempt=self.port.state.attempt + 1,
-            **reading.to_json() | {"time_s": round(time_s, 4), "amax": loudest(reading.amax)},
-            verdict=judgement.verdict.value,
-            action=action.value,
-            rows=[str(r) for r in outcome.rows],
-            findings=[f.to_json() for f in judgement.findings],
+            StepEvent(
+                outcome.reading,
+                outcome.judgement,
+                turn.action,
+                outcome.rows,
+                self.total_steps,
+                state.updates,
+                turn.time_s,
+            ),
         )
+        self._halt_where_due(turn)
+        self._halt_if_still(outcome)
+        return turn.action
 
-    def _settle(self, outcome: Outcome, action: Action) -> None:
-        """Carry the decision out, and journal what it did to the loss scale."""
-        scaler = self.port.state.scaler
-        was = scaler.scale if scaler is not None else None
-        clean = is_clean(action, (f.severity.value for f in outcome.judgement.findings))
-        self.port.settle(action, outcome.reading, clean=clean)
-        if scaler is not None and action is not Action.PROCEED and is_scale_overflow(outcome.reading):
-            self._write("decision", step=outcome.reading.step, what="loss_scale", was=was, now=scaler.scale)
+    def _halt_where_due(self, turn: Turn) -> None:
+        """Raise what the guard wants raised."""
+        if turn.halt is not None:
+            raise turn.halt
+        if turn.action is Action.HALT:
+            raise self._too_many(turn.outcome)
 
     def _too_many(self, outcome: Outcome) -> Halted:
         state = self.port.state
@@ -139,7 +126,7 @@ class Loop:
             updates=state.updates,
             journal=str(self.journal.path),
             half_lr=self.port.parts.optim_settings.lr / 2,
-            limit=self.policy.max_aborts_in_a_row,
+            limit=self.guard.policy.max_aborts_in_a_row,
         )
 
     def _halt_if_still(self, outcome: Outcome) -> None:
@@ -151,15 +138,6 @@ class Loop:
         raise Halted(
             NOTHING_LEARNT, count=len(recent), step=outcome.reading.step, changed=recent[-1], lr=outcome.reading.lr
         )
-
-    def _write(self, kind: str, **record: object) -> None:
-        record_or_halt(self.journal, kind, **record)
-
-
-def loudest(amax: Mapping[str, float], count: int = 3) -> dict[str, float]:
-    """The modules with the largest magnitudes, non-finite ones first: all of them would be most of the journal."""
-    names = sorted(amax, key=lambda n: (math.isfinite(amax[n]), -amax[n] if math.isfinite(amax[n]) else 0.0))
-    return {name: amax[name] for name in names[:count]}
 
 
 def record_or_halt(journal: Journal, kind: str, **record: object) -> None:

@@ -9,9 +9,10 @@ import psutil
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
+from finitune.engine.codes import MEMORY_SHORT
 from finitune.engine.codes_time import NO_SNAPSHOTS
 from finitune.engine.snapshot import SnapshotRing, state_bytes
-from finitune.train.plan import Derived
+from finitune.train.plan import Derived, Plan
 from finitune.train.recipe import Recipe
 from finitune.train.step import TrainPort
 
@@ -74,5 +75,19 @@ def finding(recipe: Recipe, planned: SnapshotPlan) -> list[Finding]:
             budget=bytes_text(planned.budget_bytes),
             free=bytes_text(planned.free_bytes),
             share=share,
+        )
+    ]
+
+
+def shortage(recipe: Recipe, planned: Plan) -> list[Finding]:
+    """A warning where the run will need more memory than there is."""
+    if planned.memory_bytes <= planned.available_bytes:
+        return []
+    return [
+        MEMORY_SHORT.find(
+            needed=bytes_text(planned.memory_bytes),
+            free=bytes_text(planned.available_bytes),
+            batch=recipe.per_device_train_batch_size,
+            length=recipe.data.max_length,
         )
     ]

@@ -45,7 +45,7 @@ def model_at(run: str, step: int) -> ModelAt:
         yield from checkpoint.bases(place.run_dir, rollbacks, prepared.port.parts)
         yield Origin(recipe)
 
-    timeline = Timeline(prepared.port, path, SnapshotRing(0), stored)
+    timeline = Timeline(prepared.port, lambda: journal.read(path), SnapshotRing(0), stored, journal=str(path))
     try:
         with generators_kept(), prepared.port.parts.kernels:
             return ModelAt(prepared, timeline.go_to(step))

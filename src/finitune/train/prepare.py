@@ -1,4 +1,4 @@
-"""From a recipe to everything a run is made of: device, precision, model, data, optimizer, plan."""
+"""From a recipe to everything a run is made of."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import torch
 from torch import nn
 
 from finitune.core import registry
-from finitune.core.errors import UserError, raise_all
+from finitune.core.errors import UserError, UserErrors, raise_all
 from finitune.core.messages.catalogue import text
 from finitune.core.types import Finding
-from finitune.core.units import bytes_text
 from finitune.data.collate import Batch
 from finitune.data.dataset import DataConfig, Dataset, load_dataset, split
 from finitune.data.loader import Cursor, Loader, LoaderConfig, efficiency
-from finitune.engine.codes import MEMORY_SHORT
 from finitune.engine.monitor import Monitor
 from finitune.engine.scaler import LossScaler, ScalerSettings
 from finitune.models import precision as precisions
@@ -28,9 +26,12 @@ from finitune.models.freeze import enable_checkpointing, freeze, trainable_param
 from finitune.models.lean import lean
 from finitune.models.load import Loaded, load
 from finitune.models.lora import LoraSettings, attach, load_adapter
+from finitune.models.rescale import rescale_residual
 from finitune.numerics.determinism import Kernels, ask_cublas
+from finitune.numerics.seeds import generators_kept
 from finitune.train import memory, optim, plan
 from finitune.train.codes_journal import NO_PARQUET
+from finitune.train.compute import Compute
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_checks import notes
 from finitune.train.recipe_io import resolved_precision
@@ -69,18 +70,19 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     raise_all([*missing_packages(recipe.report_to), *_no_table(recipe)])
     device = pick_device(recipe.device)
     choice = precisions.choose(resolved_precision(recipe), device)
-    loaded = _load_model(recipe, choice.precision, device, checkpoint)
-    model = _make_trainable(recipe, loaded, choice.precision, checkpoint)
+    loaded = load_model(recipe, choice.precision, device, checkpoint)
+    compute = Compute(choice.precision, device)
+    model = make_trainable(recipe, loaded, compute, checkpoint)
     actual = precisions.assert_actual(model, choice.precision, device)
     train_set, eval_set = _load_data(recipe, loaded)
     loader = _loader(recipe, loaded.tokenizer, train_set)
     total_steps = count_steps(recipe, loader)
     state = RunState(scaler=LossScaler(scaler_settings(recipe)) if choice.precision.uses_scaler else None)
-    port = TrainPort(_parts(recipe, loaded, model, loader, choice.precision, device, total_steps), state)
+    port = TrainPort(parts_of(recipe, loaded, model, loader, compute, total_steps), state)
     snapshots = memory.plan_snapshots(recipe, port)
     planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps, snapshots)
     findings = [*notes(recipe), *choice.findings, *loaded.report.findings, *train_set.findings]
-    findings += [*_memory_finding(recipe, planned), *memory.finding(recipe, snapshots)]
+    findings += [*memory.shortage(recipe, planned), *memory.finding(recipe, snapshots)]
     return Prepared(
         recipe,
         port,
@@ -102,7 +104,8 @@ def _no_table(recipe: Recipe) -> list[UserError]:
     return [UserError(NO_PARQUET, "journal_parquet", path="steps.parquet", package="pyarrow")]
 
 
-def _load_model(recipe: Recipe, precision: Any, device: torch.device, checkpoint: Path | None) -> Loaded:
+def load_model(recipe: Recipe, precision: Any, device: torch.device, checkpoint: Path | None) -> Loaded:
+    """The model that training begins from: the recipe's, or for full fine-tuning the checkpoint's."""
     full = recipe.lora is None and checkpoint is not None
     return load(
         str(checkpoint) if full else recipe.model.name_or_path,
@@ -115,9 +118,11 @@ def _load_model(recipe: Recipe, precision: Any, device: torch.device, checkpoint
     )
 
 
-def _make_trainable(recipe: Recipe, loaded: Loaded, precision: Any, checkpoint: Path | None) -> nn.Module:
+def make_trainable(recipe: Recipe, loaded: Loaded, compute: Compute, checkpoint: Path | None) -> nn.Module:
     """Attach adapters or freeze by pattern, take the leaner layers, and switch checkpointing on."""
     model: nn.Module = loaded.model
+    if recipe.model.residual_scale != 1.0 and (checkpoint is None or recipe.lora is not None):
+        rescale_residual(model, loaded.family, recipe.model.residual_scale)
     if recipe.lora is not None:
         given = recipe.lora
         settings = LoraSettings(
@@ -137,7 +142,7 @@ def _make_trainable(recipe: Recipe, loaded: Loaded, precision: Any, checkpoint: 
         freeze(model, recipe.freeze)
     lean(model)
     if recipe.gradient_checkpointing:
-        enable_checkpointing(model, precisions.checkpoint_kwargs(precision))
+        enable_checkpointing(model, compute.checkpoint_kwargs())
     return model
 
 
@@ -171,7 +176,7 @@ def _as_list(paths: str | list[str]) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths)
 
 
-def _pad_id(tokenizer: Any) -> int:
+def pad_id_of(tokenizer: Any) -> int:
     """Padding never carries loss or attention, so any valid id serves where the tokenizer names none."""
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
@@ -186,7 +191,7 @@ def _loader(recipe: Recipe, tokenizer: Any, dataset: Dataset) -> Loader:
             group_by_length=recipe.group_by_length,
             packing=recipe.data.packing,
             max_length=recipe.data.max_length,
-            pad_id=_pad_id(tokenizer),
+            pad_id=pad_id_of(tokenizer),
         ),
     )
 
@@ -201,7 +206,7 @@ def _eval_batches(recipe: Recipe, tokenizer: Any, dataset: Dataset) -> tuple[Bat
         group_by_length=True,
         packing=False,
         max_length=recipe.data.max_length,
-        pad_id=_pad_id(tokenizer),
+        pad_id=pad_id_of(tokenizer),
     )
     loader = Loader(dataset, config)
     return tuple(b for step in range(loader.steps_per_epoch(0)) for b in loader.at(Cursor(0, step)))
@@ -249,15 +254,16 @@ def optim_settings(recipe: Recipe) -> optim.OptimSettings:
     )
 
 
-def _parts(
+def parts_of(
     recipe: Recipe,
     loaded: Loaded,
     model: nn.Module,
     loader: Loader,
-    precision: Any,
-    device: torch.device,
+    compute: Compute,
     total_steps: int,
 ) -> Parts:
+    """What a step is made of."""
+    precision, device = compute.configured, compute.device
     parameters = tuple(trainable_parameters(model))
     settings = optim_settings(recipe)
     watch = loaded.family.watch(model)
@@ -273,16 +279,32 @@ def _parts(
         schedule=SCHEDULES[recipe.lr_scheduler_type](shape_of(recipe, total_steps)),
         loader=loader,
         strategy=strategy,
-        context=lambda: precisions.compute_context(precision, device),
+        context=compute,
         monitor=Monitor([*loaded.family.layers(model), *watch], watch) if watched else None,
         look_every_steps=1 if precision.products == torch.float16 else _LOOK_EVERY_STEPS,
-        half_max=precision.half_max,
         additive_mask=recipe.model.attn_implementation == "eager",
         seed=recipe.seed,
         chunk_tokens=recipe.loss.chunk_tokens,
         probe_every_steps=recipe.guard.state_check_steps if recipe.guard.enabled else 0,
         kernels=Kernels(wanted=recipe.guard.deterministic),
+        origin=lambda name: original_tensor(recipe, precision, name),
     )
+
+
+def original_tensor(recipe: Recipe, precision: Any, name: str) -> torch.Tensor | None:
+    """A weight or buffer as it was before training, on the CPU: the model is built again, which gives the same bits.
+
+    None where it has no such tensor, or its files are gone, or there is no memory for a second model.
+    """
+    cpu = torch.device("cpu")
+    compute = Compute(precision, cpu)
+    try:
+        with generators_kept():
+            model = make_trainable(recipe, load_model(recipe, precision, cpu, None), compute, None)
+    except (UserError, UserErrors, OSError, MemoryError, RuntimeError):
+        return None
+    named = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    return named[name].detach().clone() if name in named else None
 
 
 def workload(recipe: Recipe, port: TrainPort, loaded: Loaded) -> plan.Workload:
@@ -361,16 +383,3 @@ def _why_steps(recipe: Recipe) -> str:
     if recipe.max_steps > 0:
         return text("train.why_max_steps")
     return text("train.why_epochs", epochs=recipe.num_train_epochs)
-
-
-def _memory_finding(recipe: Recipe, planned: plan.Plan) -> list[Finding]:
-    if planned.memory_bytes <= planned.available_bytes:
-        return []
-    return [
-        MEMORY_SHORT.find(
-            needed=bytes_text(planned.memory_bytes),
-            free=bytes_text(planned.available_bytes),
-            batch=recipe.per_device_train_batch_size,
-            length=recipe.data.max_length,
-        )
-    ]

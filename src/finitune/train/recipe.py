@@ -60,6 +60,11 @@ class ModelSection(_Section):
     random_init: bool = Field(
         default=False, description="Start from random weights of the same shape instead of the trained ones."
     )
+    residual_scale: Annotated[Real, Field(gt=0.0, le=1e6)] = Field(
+        default=1.0,
+        description="Multiply what writes into the residual stream; the model's answers stay, its distance to fp16's "
+        "limit changes. For demonstrations and tests.",
+    )
     attn_implementation: Literal["sdpa", "eager"] = Field(
         default="sdpa", description="Attention kernel: torch's fused one, or plain operations."
     )
@@ -144,9 +149,23 @@ class GuardSection(_Section):
 
     enabled: bool = Field(default=True, description="Judge every step before it changes anything.")
     max_aborts_in_a_row: Count = Field(default=8, description="Halt after so many refused steps in a row.")
+    policy: Literal["observe", "safe", "auto"] = Field(
+        default="auto",
+        description="What may be done about a failure: observe (find the cause, skip the batch), safe (cures that lose "
+        "nothing), auto (also those that give up rows, steps or moments).",
+    )
+    max_replays: Annotated[Whole, Field(ge=0, le=10_000)] = Field(
+        default=60, description="Forward and backward passes that one failure may cost; 0 investigates nothing."
+    )
+    proof_steps: Annotated[Whole, Field(ge=0, le=64)] = Field(
+        default=2, description="Steps past the failing one in the proof of a cure."
+    )
+    probation_steps: Count = Field(default=20, description="Steps before it is tried whether a cure is still needed.")
+    max_relapses: Count = Field(default=3, description="Halt when one cause came back so often at one place.")
+    act_on_forecast: bool = Field(default=False, description="Treat a clear forecast of an overflow before it happens.")
     monitor: bool = Field(default=True, description="Watch the largest activation of every decoder layer.")
     state_check_steps: Count = Field(
-        default=50, description="Check weights and moments for non-finite values every so many steps."
+        default=50, description="Check moments for non-finite values every so many steps (weights: after every step)."
     )
     detectors: dict[str, dict[str, Any] | bool] = Field(
         default_factory=dict, description="Settings by detector name; false switches a detector off."

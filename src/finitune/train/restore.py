@@ -14,6 +14,7 @@ from finitune.core.errors import FiniTuneError, UserError
 from finitune.core.messages.catalogue import text
 from finitune.data.loader import Cursor
 from finitune.engine.codes import RESUME_IMPOSSIBLE
+from finitune.engine.conditions import NotPossible
 from finitune.train import checkpoint
 from finitune.train.past import Facts, fact
 from finitune.train.prepare import Prepared, shape_of
@@ -63,6 +64,8 @@ def restore(prepared: Prepared, folder: Path, step: int, moved: Facts | None = N
         if moved is not None:
             port.state.cursor = _moved(prepared, moved)
         problem = next(_faults(prepared, step), None)
+    except NotPossible as error:
+        problem = str(error)
     except FOREIGN as error:
         problem = repr(error)
     if problem is not None:

@@ -126,6 +126,8 @@ def _go_on(
         swept = sweep(place.run_dir)
         for folder_of_checkpoint in checkpoint.listed(place.run_dir):
             swept += sweep(folder_of_checkpoint)
+        for folder_of_incident in sorted((place.run_dir / "incidents").glob("[0-9]*")):
+            swept += sweep(folder_of_incident)
         resumed = prepare_resumed(place, recipe, allow_changes=allow_changes)
         # The length of a recipe in epochs is known only now, and the sweep may have put the result back.
         done = finished(place, resumed.past, resumed.prepared.plan.total_steps, observers)

@@ -8,17 +8,21 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finitune.core.errors import Halted
 from finitune.core.files import atomic_folder, write_atomic, write_manifest
+from finitune.core.incident import Incident
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
 from finitune.engine.codes import EVAL_NOT_FINITE, FINAL_SAVE_FAILED, INTERRUPTED
 from finitune.engine.codes_time import STOPPED_UNSAVED
+from finitune.engine.guard import Guard, GuardSettings, Hooks
 from finitune.engine.judge import Judge
+from finitune.engine.line import treated
 from finitune.engine.policy import Policy
 from finitune.engine.repeat import repeats
 from finitune.models.save import write_model
@@ -27,6 +31,7 @@ from finitune.train import checkpoint, folder
 from finitune.train.codes_journal import JOURNAL_WAITS
 from finitune.train.compact import to_parquet
 from finitune.train.evaluate import evaluate
+from finitune.train.keep_capsule import CapsuleKeeper
 from finitune.train.keeper import Keeper, KeepSettings
 from finitune.train.loop import Due, Loop, record_or_halt
 from finitune.train.observer import EvalEvent, Observers, SampleEvent
@@ -71,6 +76,7 @@ class Session:
         self.sampler = Sampler(port.parts, prepared.tokenizer, prepared.recipe.sample, self._sampled)
         self.keeper = self._keeper()
         self.machine = TimeMachine(prepared, journal, run_dir)
+        self.capsules = CapsuleKeeper(run_dir, port, self.recipe_bytes.decode(), self._found)
         observers.tell("plan", prepared.plan)
 
     def run(self) -> RunResult:
@@ -125,16 +131,13 @@ class Session:
 
     def _train(self, stop: StopRequest) -> bool:
         recipe, port = self.prepared.recipe, self.prepared.port
-        guard = recipe.guard
         loop = Loop(
             port=port,
-            judge=Judge.of(guard.detectors) if guard.enabled else Judge.only("non_finite"),
-            policy=Policy(guard.max_aborts_in_a_row),
+            guard=self._guard(),
             journal=self.journal,
             observers=self.observers,
             total_steps=self.prepared.plan.total_steps,
             dues=(
-                Due(guard.state_check_steps, self._check_state),
                 Due(recipe.eval_steps, self._evaluate),
                 Due(recipe.sample.every_steps, self._sample),
                 Due(recipe.save_steps, self.keeper.save),
@@ -153,6 +156,41 @@ class Session:
             self.train_time_s = loop.step_time_s
             for finding in self.observers.failures:
                 self._found(finding)
+
+    def _guard(self) -> Guard:
+        """The guard as the recipe wants it; switched off, it refuses what is not finite and investigates nothing."""
+        wanted = self.prepared.recipe.guard
+        settings = GuardSettings(
+            policy=wanted.policy,
+            max_replays=wanted.max_replays if wanted.enabled else 0,
+            proof_steps=wanted.proof_steps,
+            probation_steps=wanted.probation_steps,
+            act_on_forecast=wanted.act_on_forecast,
+            state_check_steps=wanted.state_check_steps,
+            max_relapses=wanted.max_relapses,
+        )
+        hooks = Hooks(
+            record=partial(record_or_halt, self.journal),
+            told=self._incident,
+            keep=self.capsules.keep,
+            went_back=self.keeper.abandon_after,
+        )
+        judge = Judge.of(self._detectors()) if wanted.enabled else Judge.only("non_finite")
+        return Guard(
+            self.prepared.port, judge, Policy(wanted.max_aborts_in_a_row), self.machine.timeline, hooks, settings
+        )
+
+    def _incident(self, incident: Incident) -> None:
+        self.capsules.tell(incident)
+        self.observers.tell("incident", incident)
+
+    def _detectors(self) -> dict[str, dict[str, Any] | bool]:
+        """Settings of the detectors: the loss of guessing follows from the vocabulary, unless the recipe says it."""
+        given = dict(self.prepared.recipe.guard.detectors)
+        runaway = given.get("runaway", {})
+        if isinstance(runaway, dict):
+            given["runaway"] = {"guess_loss": math.log(max(2, len(self.prepared.tokenizer))), **runaway}
+        return given
 
     def _after(self, status: str) -> None:
         """Evaluate, sample and save what was reached."""
@@ -188,9 +226,6 @@ class Session:
     def _look(self) -> None:
         self._evaluate(0)
         self._sample(0)
-
-    def _check_state(self, _step: int) -> None:
-        self._refuse_non_finite()
 
     def _refuse_non_finite(self) -> None:
         port = self.prepared.port
@@ -312,6 +347,7 @@ class Session:
             "resume" if self.start.resumed else "start",
             step=self.prepared.port.state.step,
             attempt=self.prepared.port.state.attempt,
+            treated=treated(self.prepared.port.state_record()),
             checkpoint=self.point.name if self.point else None,
             total_steps=plan.total_steps,
             data_digest=self.prepared.data_digest,

@@ -9,9 +9,12 @@ from typing import Any
 
 from finitune.core.robust import History
 from finitune.data.loader import Cursor
+from finitune.engine.conditions import AS_CONFIGURED, Conditions
 from finitune.engine.scaler import LossScaler
 
-SCHEMA = 2
+SCHEMA = 3
+_WITHOUT_CONDITIONS = 2
+"""The schema before: everything is as configured."""
 
 
 @dataclass(slots=True)
@@ -36,7 +39,11 @@ class RunState:
     movement: tuple[float, float] | None = None
     """(update ratio, changed fraction) of the last commit, where it was measured."""
     guard: dict[str, Any] = field(default_factory=dict)
-    """What the guard remembers beyond the statistics (an open incident, quarantined rows): JSON-able."""
+    """What the guard remembers beyond the statistics (incidents, probation): JSON-able."""
+    conditions: Conditions = AS_CONFIGURED
+    """What is not as configured: the cures that are in force."""
+    clipper: dict[str, Any] = field(default_factory=dict)
+    """What the adaptive clipper in force remembers; empty without one."""
 
     def record(self) -> dict[str, Any]:
         """JSON-able record; floats survive exactly."""
@@ -51,6 +58,8 @@ class RunState:
             "loss_sum": self.loss_sum,
             "movement": list(self.movement) if self.movement else None,
             "guard": copy.deepcopy(self.guard),
+            "conditions": self.conditions.to_json(),
+            "clipper": copy.deepcopy(self.clipper),
             "history": self.history.state(),
             "scaler": self.scaler.state() if self.scaler else None,
         }
@@ -61,8 +70,10 @@ class RunState:
 
     def load(self, record: Mapping[str, Any]) -> None:
         """Restore what :meth:`record` gave. Raises KeyError or ValueError for a foreign record."""
-        if record["schema"] != SCHEMA:
+        if record["schema"] not in (SCHEMA, _WITHOUT_CONDITIONS):
             raise ValueError(f"training state of schema {record['schema']}, expected {SCHEMA}")
+        conditions = conditions_of(record)
+        clipper = copy.deepcopy(dict(record["clipper"])) if record["schema"] == SCHEMA else {}
         self.cursor = Cursor.from_json(record["cursor"])
         self.step = int(record["step"])
         self.updates = int(record["updates"])
@@ -75,3 +86,13 @@ class RunState:
         self.history.load(record["history"])
         if self.scaler is not None and record["scaler"] is not None:
             self.scaler.load(record["scaler"])
+        self.conditions, self.clipper = conditions, clipper
+
+
+def conditions_of(record: Mapping[str, Any]) -> Conditions:
+    """The conditions of a state's record. Raises KeyError or ValueError where it has none that can be."""
+    if record["schema"] == _WITHOUT_CONDITIONS:
+        return AS_CONFIGURED
+    found = Conditions.from_json(record["conditions"])
+    # One object for "as configured": asking whether anything is changed costs nothing then.
+    return AS_CONFIGURED if found == AS_CONFIGURED else found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from finitune.core import journal as journals
 from finitune.core.journal import Journal
@@ -29,7 +30,7 @@ class TimeMachine:
         self.prepared, self.journal, self.run_dir = prepared, journal, run_dir
         self.port = prepared.port
         self.ring = prepared.snapshots.ring(prepared.recipe)
-        self.timeline = Timeline(self.port, journal.path, self.ring, self._stored, journal.waiting)
+        self.timeline = Timeline(self.port, self._records, self.ring, self._stored, journal=str(journal.path))
         self.shadow: Snapshot | None = None
         """The state before the step at hand, where the recipe asks for it."""
         self._said = False
@@ -82,9 +83,15 @@ class TimeMachine:
         size, budget = bytes_text(planned.snapshot_bytes), bytes_text(planned.budget_bytes)
         return NO_SNAPSHOTS.find("", needed=size, budget=budget, free="?", share=share)
 
+    def _records(self) -> Iterator[Mapping[str, Any]]:
+        """What the journal holds, and what the disk has not taken yet."""
+        return chain(journals.read(self.journal.path), self.journal.waiting())
+
     def _stored(self) -> Iterator[Base]:
-        """States outside of memory: checkpoints, and the start of the run."""
-        rollbacks = line_of(chain(journals.read(self.journal.path), self.journal.waiting())).rollbacks
+        """States outside of the ring: the shadow, checkpoints, and the start of the run."""
+        if self.shadow is not None:
+            yield self.shadow
+        rollbacks = line_of(self._records()).rollbacks
         yield from checkpoint.bases(self.run_dir, rollbacks, self.port.parts)
         yield Origin(self.prepared.recipe)
 

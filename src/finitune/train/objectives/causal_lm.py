@@ -54,7 +54,8 @@ def compute(model: nn.Module, family: Any, batch: Any, *, factor: float, chunk_t
     head = family.head(model)
     if targets_N.numel() == 0:
         return Computed(torch.zeros((), device=hidden_BTD.device), None, 0)
-    if type(head) is nn.Linear:
+    # A head with hooks (an island of fp32) must be called to take effect.
+    if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
         total, scaled = _FusedHead.apply(  # type: ignore[no-untyped-call]
             hidden_ND, head.weight, head.bias, targets_N, factor, chunk_tokens
         )
@@ -157,8 +158,8 @@ def _any_head(head: nn.Module, hidden_ND: torch.Tensor, targets_N: torch.Tensor,
     def part(h_CD: torch.Tensor, t_C: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(h_CD).float(), t_C, reduction="sum")
 
-    losses = [
-        checkpoint(part, h_CD, t_C, use_reentrant=False)
-        for h_CD, t_C in zip(torch.split(hidden_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
-    ]
+    # A recomputation would leave hooks out (an island of fp32), and run outside of an emulation.
+    once = bool(head._forward_hooks or head._forward_pre_hooks) or torch._C._len_torch_function_stack() > 0
+    chunks = zip(torch.split(hidden_ND, chunk_tokens), torch.split(targets_N, chunk_tokens), strict=True)
+    losses = [part(h, t) if once else checkpoint(part, h, t, use_reentrant=False) for h, t in chunks]
     return torch.stack(losses).sum()

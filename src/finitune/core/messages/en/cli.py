@@ -67,6 +67,8 @@ TEXTS = {
     "cli.export.holds_source": "it is, or holds, the model to be exported",
     "cli.export.is_file": "it is a file",
     "cli.export.no_model_there": "it holds files that are no model; --overwrite replaces models only",
+    "cli.incidents.help": "List the incidents of a run, or tell one in full.",
+    "cli.replay.help": "Compute the failing step of a capsule again, and compare.",
     "cli.explain.help": "Explain a code, such as NUM001; without a code, list them all.",
     "cli.explain.code": "The code; upper or lower case.",
     "cli.explain.did_you_mean": "; did you mean {names}?",

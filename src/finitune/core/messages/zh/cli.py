@@ -64,6 +64,8 @@ TEXTS = {
     "cli.export.holds_source": "它就是要导出的模型，或包含该模型",
     "cli.export.is_file": "它是一个文件",
     "cli.export.no_model_there": "其中的文件不是模型；--overwrite 只替换模型",
+    "cli.incidents.help": "列出一次运行的事件，或完整说明其中一个。",
+    "cli.replay.help": "重新计算胶囊中失败的那一步，并作比较。",
     "cli.explain.help": "解释一个代码，例如 NUM001；不带代码时列出全部。",
     "cli.explain.code": "代码；大小写均可。",
     "cli.explain.did_you_mean": "；是不是想写 {names}？",

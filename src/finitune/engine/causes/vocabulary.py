@@ -1,0 +1,83 @@
+"""Vocabulary: rows of the embedding or of the output head do not fit, and the tokens that use them fail.
+
+What it sees:
+    The failure begins in an embedding or output head and hangs on rows that hold certain tokens: new tokens whose
+    rows got a wrong scale or no values, or a padding row.
+
+Why it is bad:
+    A row that is a thousand times larger than the others dominates every norm behind it. Only samples with that token
+    fail, so the sample is blamed.
+
+Example:
+    rows 64-67 (new tokens) have 1000 times the norm of the others: loss 141 at step 1, where ln(vocabulary) is 4.2
+
+What to do:
+    Give new rows the mean of the old ones, in embedding and head alike; the padding row 0; and no more tokens in the
+    tokenizer than rows in the embedding.
+
+Source:
+    https://github.com/huggingface/transformers/issues/29219 , https://github.com/AnswerDotAI/ModernBERT/pull/96 ,
+    https://github.com/huggingface/transformers/pull/27114
+"""
+
+from __future__ import annotations
+
+from finitune.core.codes import Code, Text
+from finitune.core.types import Severity
+from finitune.engine.case import Case
+from finitune.engine.causes import _signs as signs
+from finitune.engine.weight import REFUTED, Reasons, Weight
+
+CAUSE = Code(
+    "MOD402",
+    Severity.ERROR,
+    Text(
+        "cause: rows of the vocabulary do not fit",
+        "{where} (row {row}, magnitude {amax}) fails for some tokens only: {tokens}. Rows of data with them: {rows}.",
+        "New or unused rows were never trained: random, empty or of another scale than the rest. Only data with their "
+        "tokens meets them.",
+        (
+            "give new rows the mean of the old ones (transformers: resize_token_embeddings(..., mean_resizing=True))",
+            "the same for the output head where it is not tied; the padding row is 0",
+            "in a script: compare the norm of each embedding row with the median, and len(tokenizer) with the rows",
+        ),
+    ),
+    Text(
+        "原因：词表中的某些行不合适",
+        "{where}（第 {row} 行，大小 {amax}）只对某些 token 失败：{tokens}。含有它们的数据行：{rows}。",
+        "新增或未使用的行从未训练过：随机、为空，或与其他行的尺度不同。只有含有这些 token 的数据会遇到它们。",
+        (
+            "新增的行取旧行的平均值（transformers：resize_token_embeddings(..., mean_resizing=True)）",
+            "若输出头没有共享权重，也同样处理；填充行设为 0",
+            "在脚本中：把每个嵌入行的范数与中位数比较，并把 len(tokenizer) 与行数比较",
+        ),
+    ),
+)
+CODES = (CAUSE,)
+FAULT_CLASS = "O"
+REMEDIES = ("skip_rows", "drop_batch")
+
+
+def weigh(case: Case) -> Weight | None:
+    """Named where rows flip a failure that begins in an embedding or head."""
+    told = [s for s in case.suspects_of("parameter", "module") if s.data.get("what") not in ("gradient", "update")]
+    held = [s for s in told if signs.is_vocabulary(s.name)]
+    if not held or case.trigger not in signs.FAILED:
+        return None
+    begins = signs.is_vocabulary(signs.module(case)) or held[0].kind == "parameter"
+    reasons = Reasons()
+    reasons.hint(begins, "localised", 0.4)
+    reasons.proof(begins and case.good("rows"), "rows", 0.6)
+    reasons.hint(bool(case.suspects_of("tokens")), "rows", 0.3)
+    # A row that is not finite at all is a bad weight; that it is one of the vocabulary is the smaller half of it.
+    reasons.against(case.bad("scan_state"), "scan_state", REFUTED)
+    reasons.against(case.bad("known_good_batch"), "known_good_batch", 0.5)
+    reasons.against(signs.is_half(case) and signs.precision_cures(case), signs.cured_by(case, "fp32", "bf16"), REFUTED)
+    reasons.against(case.good("let_pass"), "let_pass", 0.4)
+    return reasons.weight(
+        held[0].name,
+        row=signs.shown(held[0].data.get("row")),
+        amax=signs.shown(held[0].data.get("amax")),
+        tokens=signs.tokens(case),
+        rows=signs.listed(signs.rows(case)),
+    )

@@ -1,0 +1,89 @@
+"""The updates of Adam, AdamW and SGD by their formulas, in fp32 and one parameter at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from finitune.engine.conditions import NotPossible
+
+Update = Callable[[torch.nn.Parameter], torch.Tensor]
+"""From a parameter with its gradient to the value it should have after the update, fp32."""
+_MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+
+def formula_of(optimizer: torch.optim.Optimizer) -> Update:
+    """The formula of this optimizer. Raises NotPossible where there is none here, or its state cannot be read."""
+    name = type(optimizer).__name__.lower()
+    family = next((f for f in _MOMENTS if name.startswith(f)), None)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    if family is None or any(g.get("amsgrad") for g in optimizer.param_groups):
+        raise NotPossible(f"there is no plain formula here for {type(optimizer).__name__}")
+
+    def update(parameter: torch.nn.Parameter) -> torch.Tensor:
+        group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
+        moments = [_moment(state, moment, parameter) for moment in _MOMENTS[family]]
+        if family == "sgd":
+            return _sgd(parameter, group, moments[0])
+        decoupled = name.startswith("adamw") or bool(group.get("decoupled_weight_decay"))
+        return _adam(parameter, group, moments, _steps(state) + 1, decoupled=decoupled)
+
+    return update
+
+
+def _moment(state: Mapping[str, Any], name: str, parameter: torch.Tensor) -> torch.Tensor | None:
+    moment = state.get(name)
+    if moment is None:
+        if any(isinstance(v, torch.Tensor) and v.numel() > 1 for v in state.values()):
+            raise NotPossible(f"the optimizer holds no {name} that can be read")
+        return None
+    if moment.shape != parameter.shape or not moment.is_floating_point():
+        raise NotPossible(f"the optimizer's {name} is stored in a form of its own")
+    return torch.as_tensor(moment).float()
+
+
+def _steps(state: Mapping[str, Any]) -> int:
+    return int(state.get("step", 0))
+
+
+def _gradient(parameter: torch.nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
+    if parameter.grad is None:
+        raise NotPossible("a parameter has no gradient")
+    grad = parameter.grad.float()
+    return -grad if group.get("maximize") else grad
+
+
+def _adam(
+    parameter: torch.nn.Parameter,
+    group: Mapping[str, Any],
+    moments: list[torch.Tensor | None],
+    step: int,
+    *,
+    decoupled: bool,
+) -> torch.Tensor:
+    beta1, beta2 = (float(b) for b in group["betas"])
+    lr, decay = float(group["lr"]), float(group["weight_decay"])
+    weight, grad = parameter.detach().float(), _gradient(parameter, group)
+    if decoupled:
+        weight = weight * (1 - lr * decay)
+    elif decay:
+        grad = grad + decay * weight
+    first = torch.zeros_like(grad) if moments[0] is None else moments[0]
+    second = torch.zeros_like(grad) if moments[1] is None else moments[1]
+    first = beta1 * first + (1 - beta1) * grad
+    second = beta2 * second + (1 - beta2) * grad * grad
+    denominator = second.sqrt() / math.sqrt(1 - beta2**step) + float(group["eps"])
+    return weight - lr / (1 - beta1**step) * first / denominator
+
+
+def _sgd(parameter: torch.nn.Parameter, group: Mapping[str, Any], buffer: torch.Tensor | None) -> torch.Tensor:
+    weight, grad = parameter.detach().float(), _gradient(parameter, group)
+    momentum = float(group.get("momentum", 0.0))
+    grad = grad + float(group["weight_decay"]) * weight
+    if momentum:
+        buffer = grad if buffer is None else momentum * buffer + (1 - float(group["dampening"])) * grad
+        grad = grad + momentum * buffer if group.get("nesterov") else buffer
+    return weight - float(group["lr"]) * grad

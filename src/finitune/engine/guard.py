@@ -1,0 +1,323 @@
+"""The guard: every step a transaction, every failure an incident.
+
+one()   compute -> judge -> commit | abort -> state check          a healthy step ends here
+        failure -> incident: frozen, investigated (engine/investigate.py), treated (engine/treatment.py)
+
+What it remembers over steps (incidents, probation) is part of the training state (``port.state.guard``) and changes
+only together with a "treatment" record of the journal, so that redo and resume reach the same state.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+from finitune.core.errors import Halted
+from finitune.core.incident import Incident, Phase, Trigger
+from finitune.core.types import Judgement, Reading, Verdict
+from finitune.engine.case import Case
+from finitune.engine.codes_guard import UPDATE_NOT_FINITE
+from finitune.engine.investigate import Found, investigate
+from finitune.engine.judge import Judge
+from finitune.engine.lab import Budget, Lab
+from finitune.engine.line import is_clean
+from finitune.engine.plan import BatchFate, Plan
+from finitune.engine.policy import Action, Policy, decide, is_scale_overflow
+from finitune.engine.port import Capability, ReplayPort
+from finitune.engine.prove import ProofSettings
+from finitune.engine.snapshot import Snapshot, as_snapshot, is_out_of_memory
+from finitune.engine.step import Outcome, transact
+from finitune.engine.timeline import Timeline, Unreachable
+from finitune.engine.treatment import Treatment, halted_by, lost_state
+from finitune.engine.triage import cause_of, triage
+from finitune.numerics.seeds import generators_kept
+from finitune.numerics.statecheck import bad_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class GuardSettings:
+    """How far the guard may go."""
+
+    policy: str = "auto"
+    """"observe": find and say; "safe": apply what loses nothing; "auto": also what costs rows, steps or moments."""
+    max_replays: float = 60.0
+    """Budget of one incident in forward and backward passes; 0 investigates nothing."""
+    max_incident_s: float = math.inf
+    proof_steps: int = 2
+    """Updates past the failing step in the proof of a plan."""
+    probation_steps: int = 20
+    act_on_forecast: bool = False
+    state_check_steps: int = 50
+    """The weights are checked after every update, the moments after every so many."""
+    max_relapses: int = 3
+    """Incidents of one cause at one place before the run halts."""
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one call of :meth:`Guard.one` came to."""
+
+    outcome: Outcome
+    action: Action
+    time_s: float
+    """Seconds of the transaction, without the treatment of an incident."""
+    incident: Incident | None = None
+    halt: Halted | None = None
+    """Set where the run must stop; everything is journalled."""
+
+
+@dataclass(slots=True)
+class Hooks:
+    """What the trainer around the guard wants to know or does for it."""
+
+    record: Callable[..., None]
+    """``record(kind, **fields)``: a journal line; raises Halted where it cannot be written."""
+    told: Callable[[Incident], None] = field(default=lambda _incident: None)
+    """An incident was closed."""
+    keep: Callable[[Incident, Case, Snapshot], str | None] = field(default=lambda *_: None)
+    """Writes the capsule; its place."""
+    went_back: Callable[[int], None] = field(default=lambda _step: None)
+    """The run went back to a step: what was kept of later ones is of another line."""
+
+
+class Guard:
+    """Watches one port, step by step."""
+
+    def __init__(
+        self,
+        port: ReplayPort,
+        judge: Judge,
+        policy: Policy,
+        timeline: Timeline | None,
+        hooks: Hooks,
+        settings: GuardSettings | None = None,
+    ) -> None:
+        """``timeline`` None: nothing can be undone, so failures are refused but not investigated."""
+        self.port, self.judge, self.policy, self.timeline, self.hooks = port, judge, policy, timeline, hooks
+        self.settings = settings or GuardSettings()
+        self.bad_from_start = frozenset(bad_tensors(port.state_tensors()))
+        """State tensors that were not finite when the guard came: they cannot be held against an update."""
+        self.treatment = Treatment(port, timeline, hooks, self.settings.probation_steps) if timeline else None
+
+    @property
+    def able(self) -> bool:
+        """Whether failures can be investigated on this port and within the budget."""
+        possible = self.treatment is not None and Capability.REPLAY in self.port.capabilities()
+        return possible and self.settings.max_replays > 0
+
+    def one(self) -> Turn:
+        """One transaction, its consequence, its journal lines. A halt is in the Turn; only a lost journal raises."""
+        if self.treatment is not None:
+            self.treatment.relax()
+        started_s = time.perf_counter()
+        state = self.port.state
+        outcome = transact(self.port, self.judge, state.history)
+        action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=self.port.scale_left)
+        spoilt = self._spoilt(outcome)
+        turn = Turn(outcome, action, time.perf_counter() - started_s)
+        if spoilt:
+            return self._update_failed(turn, spoilt)
+        trigger = triage(outcome.judgement, outcome.reading, action, act_on_forecast=self.settings.act_on_forecast)
+        if trigger is None or self.treatment is None or not self.able or self.treatment.is_known(trigger):
+            self._close(turn)
+            return turn
+        return self._incident(turn, trigger, self.treatment)
+
+    # -- an ordinary step -------------------------------------------------------------------------------------
+
+    def _spoilt(self, outcome: Outcome) -> list[str]:
+        """State tensors that the update made non-finite, where they are looked at."""
+        if not outcome.committed:
+            return []
+        # A bad moment shows in the weights at once, or (an infinite second moment) stops them: that can wait.
+        whole = self.port.state.updates % self.settings.state_check_steps == 0
+        bad = bad_tensors(self.port.state_tensors() if whole else self.port.parameters())
+        return [name for name in bad if name not in self.bad_from_start]
+
+    def _close(self, turn: Turn) -> None:
+        """Journal a transaction and carry out what was decided."""
+        self.write_step(turn)
+        outcome, action, was = turn.outcome, turn.action, self.port.loss_scale
+        clean = is_clean(action, (f.severity.value for f in outcome.judgement.findings))
+        self.port.settle(action, outcome.reading, clean=clean)
+        if was is not None and action is not Action.PROCEED and is_scale_overflow(outcome.reading):
+            now = self.port.loss_scale
+            self.hooks.record("decision", step=outcome.reading.step, what="loss_scale", was=was, now=now)
+
+    def write_step(self, turn: Turn) -> None:
+        """The journal line of a transaction."""
+        reading, judgement = turn.outcome.reading, turn.outcome.judgement
+        self.hooks.record(
+            "step",
+            attempt=self.port.state.attempt + 1,
+            **reading.to_json() | {"time_s": round(turn.time_s, 4), "amax": loudest(reading.amax)},
+            verdict=judgement.verdict.value,
+            action=turn.action.value,
+            rows=[str(r) for r in turn.outcome.rows],
+            findings=[f.to_json() for f in judgement.findings],
+        )
+
+    # -- a failure --------------------------------------------------------------------------------------------
+
+    def _update_failed(self, turn: Turn, spoilt: list[str]) -> Turn:
+        """The update made the state non-finite: it is undone, and investigated."""
+        reading = turn.outcome.reading
+        finding = UPDATE_NOT_FINITE.find(
+            spoilt[0], veto=True, step=reading.step, count=len(spoilt), first=spoilt[0], loss=reading.loss
+        )
+        judgement = Judgement(Verdict.ABORT, (*turn.outcome.judgement.findings, finding))
+        turn.outcome = Outcome(reading, judgement, turn.outcome.rows)
+        turn.action = Action.HALT
+        try:
+            if self.timeline is None:
+                raise Unreachable(finding)
+            self.timeline.undo()
+        except Unreachable as reason:
+            self.write_step(turn)
+            turn.halt = lost_state(finding, reason.finding)
+            return turn
+        if self.treatment is None or not self.able:
+            turn.action = Action.SKIP_BATCH
+            self._close(turn)
+            return turn
+        return self._incident(turn, Trigger.UPDATE, self.treatment)
+
+    def _incident(self, turn: Turn, trigger: Trigger, treatment: Treatment) -> Turn:
+        """Investigate, and treat."""
+        if turn.outcome.committed:
+            self._close(turn)
+        incident = self._frozen(turn, trigger)
+        turn.incident = incident
+        budget = Budget(self.settings.max_replays, self.settings.max_incident_s)
+        try:
+            found = self._found(incident, turn.outcome.reading, budget, treatment)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.port.abort()
+            incident.outcome = "observed"
+            found = None
+        incident.replays, incident.time_s = budget.replays, budget.elapsed_s
+        self._treat(turn, incident, found, treatment)
+        self.hooks.told(incident)
+        return turn
+
+    def _frozen(self, turn: Turn, trigger: Trigger) -> Incident:
+        reading, state = turn.outcome.reading, self.port.state
+        incident = Incident(
+            number=len(state.guard.get("incidents", ())) + 1,
+            step=reading.step,
+            attempt=state.attempt + (0 if turn.outcome.committed else 1),
+            trigger=trigger,
+            finding=cause_of(trigger, turn.outcome.judgement),
+            reading=reading.to_json(),
+            rows=turn.outcome.rows,
+            facts=dict(self.port.facts()),
+        )
+        self._entered(incident, Phase.FROZEN)
+        return incident
+
+    def _entered(self, incident: Incident, phase: Phase) -> None:
+        incident.phase = phase
+        self.hooks.record("phase", incident=incident.number, step=incident.step, phase=phase.value)
+
+    def _found(self, incident: Incident, reading: Reading, budget: Budget, treatment: Treatment) -> Found:
+        """The investigation; the port is afterwards as it was before."""
+        before = as_snapshot(self.port)
+        case = Case(incident.trigger, incident.finding, reading, incident.facts, self._past())
+        lab = Lab(self.port, case, before, budget, treatment.state_at)
+        try:
+            with generators_kept():
+                found = investigate(
+                    lab,
+                    incident,
+                    self.settings.policy,
+                    ProofSettings(self.settings.proof_steps),
+                    lambda phase: self._entered(incident, phase),
+                )
+        finally:
+            before.restore(self.port)
+        incident.trials = found.trials
+        incident.capsule = self.hooks.keep(incident, found.case, before)
+        return found
+
+    def _past(self) -> dict[str, Any]:
+        history = self.port.state.history
+        losses = [math.exp(min(x, 700.0)) for x in history.log_loss]
+        norms = [math.exp(min(x, 700.0)) for x in history.log_grad_norm]
+        return {
+            "steps": self.port.state.step,
+            "updates": self.port.state.updates,
+            "median_loss": median(losses) if losses else None,
+            "median_grad_norm": median(norms) if norms else None,
+            "first_loss": None if math.isnan(history.first_loss) else history.first_loss,
+            "recent_losses": losses,
+            "num_overflows": history.num_overflows,
+            "incidents": copy.deepcopy(self.port.state.guard.get("incidents", [])),
+        }
+
+    def _treat(self, turn: Turn, incident: Incident, found: Found | None, treatment: Treatment) -> None:
+        """Carry out the plan that was proved, or what remains without one."""
+        plan = found.plan if found is not None else None
+        if plan is not None and treatment.is_spent(incident, self.settings.max_relapses):
+            plan = None
+        # What has not failed yet may go on without a cure; what fails may not.
+        slow = incident.trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT)
+        without = plan is None or plan.halts
+        if self.settings.policy == "observe" or found is None or (slow and without):
+            self._observed(turn, incident)
+            treatment.note(incident, None)
+        elif plan is None or without:
+            self._halt(turn, incident)
+            treatment.note(incident, None)
+        else:
+            self._apply(turn, incident, plan)
+            treatment.apply(incident, plan)
+            self._entered(incident, Phase.PROBATION if plan.fate is BatchFate.RETRY else Phase.CLOSED)
+        self.hooks.record("incident", step=incident.step, incident=incident.to_json())
+
+    def _observed(self, turn: Turn, incident: Incident) -> None:
+        """Nothing is changed: the batch is given up, as without an investigation."""
+        incident.outcome = "observed"
+        if not turn.outcome.committed:
+            if turn.action is Action.HALT and incident.trigger is Trigger.UPDATE:
+                turn.action = Action.SKIP_BATCH
+            self._close(turn)
+        self._entered(incident, Phase.CLOSED)
+
+    def _halt(self, turn: Turn, incident: Incident) -> None:
+        incident.outcome, turn.action = "halted", Action.HALT
+        self._entered(incident, Phase.HALTED)
+        if not turn.outcome.committed:
+            self._close(turn)
+        turn.halt = halted_by(incident)
+
+    def _apply(self, turn: Turn, incident: Incident, plan: Plan) -> None:
+        incident.remedy = plan.remedy
+        incident.outcome = {BatchFate.PASS: "passed", BatchFate.SKIP: "skipped"}.get(plan.fate, "cured")
+        if not turn.outcome.committed:
+            turn.action = {BatchFate.PASS: Action.PROCEED, BatchFate.SKIP: Action.SKIP_BATCH}.get(
+                plan.fate, Action.TREAT
+            )
+            if plan.fate is BatchFate.PASS:
+                self._pass(turn)
+            else:
+                self._close(turn)
+
+    def _pass(self, turn: Turn) -> None:
+        """Commit a step that a detector refused and the experiments found harmless."""
+        self.write_step(turn)
+        self.port.forward_backward()
+        self.port.commit(turn.outcome.reading)
+        self.port.settle(Action.PROCEED, turn.outcome.reading, clean=False)
+
+
+def loudest(amax: Mapping[str, float], count: int = 3) -> dict[str, float]:
+    """The modules with the largest magnitudes, non-finite ones first: all of them would be most of the journal."""
+    names = sorted(amax, key=lambda n: (math.isfinite(amax[n]), -amax[n] if math.isfinite(amax[n]) else 0.0))
+    return {name: amax[name] for name in names[:count]}

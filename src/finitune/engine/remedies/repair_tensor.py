@@ -1,0 +1,87 @@
+"""Repair a tensor: a corrupt weight, buffer or moment takes its value from the newest state in which it was good.
+
+What it does:
+    Copies the good value over the bad one. What nothing trains (a frozen weight, a buffer) comes from the original
+    model, what is trained from the last good state of the run, and only if there is none from the original model.
+
+What it costs:
+    Nothing for a frozen tensor; for a trained one the updates since that state, in this tensor only. Back to the
+    original model means all that this tensor has learnt (LOSSY).
+
+When it is taken back:
+    It is not.
+
+Source:
+    https://github.com/pytorch/torchtitan/issues/951
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from finitune.core.incident import Cause, Safety, Suspect, Words
+from finitune.engine.case import Case
+from finitune.engine.conditions import Conditions
+from finitune.engine.plan import Mend, Operation, Plan
+from finitune.engine.remedies import _rungs as rungs
+
+SAFETY = Safety.SAFE
+SAYS = Words(
+    "{count} tensors take their last good value: {names} (from {source}).",
+    "{count} 个张量取回最后的正常值：{names}（来自 {source}）。",
+)
+ADVICE = Words(
+    "Nothing in the recipe; if it comes back, look at the machine's memory, or load the model anew.",
+    "配置无需修改；若再次出现，请检查机器的内存，或重新加载模型。",
+)
+
+_MODEL = "model"
+
+
+def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
+    """What the scan found; from states first, then from the original model."""
+    if not case.bad("scan_state"):
+        return
+    made_now = ("gradient", "update")
+    bad = [s for s in case.suspects_of("parameter", "buffer", "moment") if s.data.get("what") not in made_now]
+    if not bad:
+        return
+    first = [(s, None if _is_fixed(s) else _good_step(s)) for s in bad]
+    if all(_has_value(s, step) for s, step in first):
+        fixed_or_kept = all(step is not None or _is_untrained(s) for s, step in first)
+        yield _plan(first, now, Safety.SAFE if fixed_or_kept else Safety.LOSSY)
+    weights = [(s, None) for s in bad]
+    if weights != first and all(s.kind != "moment" for s in bad):
+        yield _plan(weights, now, Safety.LOSSY)
+
+
+def _plan(sources: Sequence[tuple[Suspect, int | None]], now: Conditions, safety: Safety) -> Plan:
+    by_step: dict[int | None, list[str]] = {}
+    for suspect, step in sources:
+        by_step.setdefault(step, []).append(suspect.name)
+    mends = tuple(Mend(Operation.REPAIR, tuple(dict.fromkeys(names)), step) for step, names in by_step.items())
+    source = ", ".join(_MODEL if step is None else f"step {step}" for step in by_step)
+    names = [s.name for s, _ in sources]
+    data = {"count": len(names), "names": rungs.listed(names), "source": source}
+    return Plan("repair_tensor", safety, now, mends=mends, data=data)
+
+
+def _good_step(suspect: Suspect) -> int | None:
+    """The newest state that has it good; None where it was bad from the start, or that is not known."""
+    since = rungs.step(suspect.data.get("since_step"))
+    return since - 1 if since else None
+
+
+def _is_fixed(suspect: Suspect) -> bool:
+    """Nothing of the run writes it, so the original model has its value, and no snapshot does."""
+    return suspect.kind == "buffer" or suspect.data.get("frozen") is True
+
+
+def _is_untrained(suspect: Suspect) -> bool:
+    """Its value in the original model is the one it should have: fixed, or bad before anything was trained."""
+    return _is_fixed(suspect) or rungs.step(suspect.data.get("since_step")) in (None, 0)
+
+
+def _has_value(suspect: Suspect, step: int | None) -> bool:
+    """A good value can exist: the original model holds no moments."""
+    return suspect.kind != "moment" or step is not None
