@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from transformers import AutoConfig, TrainerCallback
 
 from common import hf_trainer, median_ratio, quiet, report
 from finitune.core.journal import Journal
+from finitune.engine.guard import Guard, Hooks
 from finitune.engine.judge import Judge
 from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Policy
 from finitune.models.load import load, resolve
-from finitune.train.loop import Loop
+from finitune.train.loop import Loop, record_or_halt
 from finitune.train.observer import Observers
 from finitune.train.prepare import Prepared, prepare
 from finitune.train.recipe_io import load_recipe
@@ -72,12 +74,15 @@ def recipe_for(kind: str, scratch: Path, *overrides: str) -> Any:
 
 def loop_of(prepared: Prepared, scratch: Path, name: str) -> Loop:
     """A loop as ``finitune train`` has it, without a display."""
-    guard = prepared.recipe.guard
+    wanted, journal = prepared.recipe.guard, Journal(scratch / f"{name}.jsonl")
+    judge = Judge.of(wanted.detectors) if wanted.enabled else Judge.only("non_finite")
+    guard = Guard(
+        prepared.port, judge, Policy(wanted.max_aborts_in_a_row), None, Hooks(partial(record_or_halt, journal))
+    )
     return Loop(
         port=prepared.port,
-        judge=Judge.of(guard.detectors) if guard.enabled else Judge.only("non_finite"),
-        policy=Policy(guard.max_aborts_in_a_row),
-        journal=Journal(scratch / f"{name}.jsonl"),
+        guard=guard,
+        journal=journal,
         observers=Observers([]),
         total_steps=10**9,
     )

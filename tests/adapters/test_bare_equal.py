@@ -123,6 +123,7 @@ def test_accumulation_has_the_bits_of_the_plain_loop() -> None:
     check_equal(lambda p: torch.optim.AdamW(p, 1e-2), [ones[i : i + 2] for i in range(0, 16, 2)], limit=1.0)
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("limit", [None, 1.0])
 def test_a_scaler_starts_up_as_in_the_plain_loop(limit: float | None) -> None:
     a, _ = check_equal(

@@ -38,6 +38,8 @@ from finitune.engine.triage import cause_of, triage
 from finitune.numerics.seeds import generators_kept
 from finitune.numerics.statecheck import bad_tensors
 
+_MAX_NAMED = 8
+
 
 @dataclass(frozen=True, slots=True)
 class GuardSettings:
@@ -167,8 +169,11 @@ class Guard:
     def _update_failed(self, turn: Turn, spoilt: list[str]) -> Turn:
         """The update made the state non-finite: it is undone, and investigated."""
         reading = turn.outcome.reading
+        # Going back may mend what was corrupt before the update: what the moments held is told now or never.
+        moments = [n for n in bad_tensors(self.port.state_tensors()) if "|" in n and n not in self.bad_from_start]
+        numbers = {"count": len(spoilt), "first": spoilt[0], "moments": moments[:_MAX_NAMED]}
         finding = UPDATE_NOT_FINITE.find(
-            spoilt[0], veto=True, step=reading.step, count=len(spoilt), first=spoilt[0], loss=reading.loss
+            (moments or spoilt)[0], veto=True, step=reading.step, loss=reading.loss, **numbers
         )
         judgement = Judgement(Verdict.ABORT, (*turn.outcome.judgement.findings, finding))
         turn.outcome = Outcome(reading, judgement, turn.outcome.rows)

@@ -160,7 +160,7 @@ class Timeline:
                 continue
             self._change(line, base.attempt, done)
             for event in path:
-                redo(self.port, event)
+                self._redo(event)
                 self._change(line, event.attempt, 0)
             num_redone = sum(e.action is Action.PROCEED for e in path)
             return Arrival(int(self.port.state_record()["step"]), base.step, num_redone, tuple(findings))
@@ -175,6 +175,14 @@ class Timeline:
                 compare(self.port, line.marks[attempt], attempt)
             if made < len(changes):
                 self._make(changes[made])
+
+    def _redo(self, event: Event) -> None:
+        try:
+            redo(self.port, event)
+        except NotPossible as error:
+            self.port.abort()
+            step = event.reading.step
+            raise Unreachable(self._unreachable(step, f"its batch cannot be had any more: {error}")) from error
 
     def _make(self, change: Change) -> None:
         try:

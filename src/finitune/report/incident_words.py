@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -92,8 +93,13 @@ def _kind_text(kind: str) -> str:
 def _numbers_of(data: Mapping[str, Any]) -> list[str]:
     parts = []
     dtype = str(data.get("dtype", "")).removeprefix("torch.")
+    limit = _LIMITS.get(dtype)
+    if limit is not None and _is_beyond(data.get("value"), limit) and "index" not in data:
+        numbers = {n: value_text(data.get(n)) for n in ("num_bad", "num_elements")}
+        return [
+            text("incidents.where.beyond", value=_whole(data["value"]), dtype=dtype, limit=_whole(limit), **numbers)
+        ]
     if "amax" in data:
-        limit = _LIMITS.get(dtype)
         key = "incidents.where.amax_only" if limit is None else "incidents.where.amax"
         parts.append(text(key, amax=_whole(data["amax"]), dtype=clean(dtype), limit=_whole(limit)))
     if "input_amax" in data:
@@ -108,6 +114,11 @@ def _numbers_of(data: Mapping[str, Any]) -> list[str]:
     if "span" in data:
         parts.append(text("incidents.where.span", span=_span(data["span"])))
     return parts
+
+
+def _is_beyond(value: Any, limit: float) -> bool:
+    """A finite number that the format does not hold."""
+    return isinstance(value, (int, float)) and math.isfinite(value) and abs(value) > limit
 
 
 def _span(value: Any) -> str:

@@ -37,7 +37,6 @@ class Live:
         self._task: Any = None
         self._speed: deque[tuple[int, float]] = deque(maxlen=_SPEED_WINDOW_STEPS)
         self._shown_findings: dict[str, int] = {}
-        self._run = "latest"
 
     def on_plan(self, plan: Any) -> None:
         """Everything that was derived, and why."""
@@ -143,10 +142,10 @@ class Live:
         elif count == _SHOWN_FINDINGS + 1:
             self._say(text("train.more_findings", code=finding.code), style)
 
-    def on_incident(self, incident: Incident) -> None:
+    def on_incident(self, incident: Incident, run_dir: str) -> None:
         """What failed, why, and what was done about it."""
         style = "bold red" if incident.outcome == "halted" else "yellow"
-        for line in summary(incident, self._run):
+        for line in summary(incident, run_dir):
             self._say(line, style)
 
     def on_save(self, path: str, _step: int) -> None:

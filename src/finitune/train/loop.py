@@ -103,6 +103,8 @@ class Loop:
                 turn.time_s,
             ),
         )
+        if turn.incident is not None:
+            self.observers.tell("incident", turn.incident, str(self.journal.path.parent))
         self._halt_where_due(turn)
         self._halt_if_still(outcome)
         return turn.action

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from finitune.core.incident import Incident
 from finitune.core.types import Finding, Judgement, Reading, RowId
 from finitune.engine.codes import OBSERVER_FAILED
 from finitune.engine.policy import Action
@@ -66,6 +67,9 @@ class Observer(Protocol):
 
     def on_finding(self, finding: Finding) -> None:
         """A finding outside a step (data, saving, machine)."""
+
+    def on_incident(self, incident: Incident, run_dir: str) -> None:
+        """After a failure was investigated and treated."""
 
     def on_save(self, path: str, step: int) -> None:
         """After a checkpoint stands."""

@@ -14,7 +14,6 @@ from typing import Any
 
 from finitune.core.errors import Halted
 from finitune.core.files import atomic_folder, write_atomic, write_manifest
-from finitune.core.incident import Incident
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
 from finitune.core.units import bytes_text
@@ -171,7 +170,7 @@ class Session:
         )
         hooks = Hooks(
             record=partial(record_or_halt, self.journal),
-            told=self._incident,
+            told=self.capsules.tell,
             keep=self.capsules.keep,
             went_back=self.keeper.abandon_after,
         )
@@ -179,10 +178,6 @@ class Session:
         return Guard(
             self.prepared.port, judge, Policy(wanted.max_aborts_in_a_row), self.machine.timeline, hooks, settings
         )
-
-    def _incident(self, incident: Incident) -> None:
-        self.capsules.tell(incident)
-        self.observers.tell("incident", incident)
 
     def _detectors(self) -> dict[str, dict[str, Any] | bool]:
         """Settings of the detectors: the loss of guessing follows from the vocabulary, unless the recipe says it."""

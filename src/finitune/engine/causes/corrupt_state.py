@@ -25,7 +25,7 @@ Source:
 from __future__ import annotations
 
 from finitune.core.codes import Code, Text
-from finitune.core.incident import Suspect, Trigger
+from finitune.core.incident import Suspect, Trigger, Verdict
 from finitune.core.types import Severity
 from finitune.engine.case import Case
 from finitune.engine.causes import _signs as signs
@@ -61,11 +61,24 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "T"
-REMEDIES = ("repair_tensor", "reset_moments", "roll_back")
+REMEDIES = ("retry", "repair_tensor", "reset_moments", "roll_back")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named by the scan, where a tensor had been good; or by fresh moments, where the state is finite."""
+    """Named by the scan, where a tensor had been good; by fresh moments, where the state is finite; and by the replay,
+    where a bad moment is good after a redo of the steps before.
+    """
+    gone = _mended_by_going_back(case)
+    if gone:
+        reasons = Reasons()
+        reasons.proof(True, "verdict", 0.97)
+        return reasons.weight(
+            gone[0],
+            names=signs.listed(gone),
+            since_step=signs.shown(case.reading.step),
+            index=signs.shown(None),
+            value=signs.shown(None),
+        )
     bad = _went_bad(case)
     moments = case.trigger in (Trigger.UPDATE, Trigger.OUTLIER, Trigger.RUNAWAY)
     reasons = Reasons()
@@ -87,6 +100,13 @@ def weigh(case: Case) -> Weight | None:
         index=signs.shown(signs.of(worst, "index")),
         value=signs.shown(signs.of(worst, "value")),
     )
+
+
+def _mended_by_going_back(case: Case) -> list[str]:
+    """Moments that the failing update found bad, and that are good where the state was computed anew up to there."""
+    if case.trigger is not Trigger.UPDATE or case.verdict is not Verdict.NOT_REPRODUCED:
+        return []
+    return [str(n) for n in case.finding.data.get("moments", ()) or ()]
 
 
 def _went_bad(case: Case) -> list[Suspect]:

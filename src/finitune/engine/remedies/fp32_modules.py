@@ -26,7 +26,7 @@ from finitune.engine.remedies import _rungs as rungs
 
 SAFETY = Safety.SAFE
 SAYS = Words(
-    "{count} modules compute in fp32 from now on: {modules}.",
+    "Computed in fp32 from now on: {modules}.",
     "从现在起 {count} 个模块以 fp32 计算：{modules}。",
 )
 ADVICE = Words(

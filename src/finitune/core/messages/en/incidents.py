@@ -79,6 +79,7 @@ TEXTS = {
     "incidents.kind.step": "step",
     "incidents.kind.rank": "rank",
     "incidents.where.amax": "puts out {amax} ({dtype} ends at {limit})",
+    "incidents.where.beyond": "made {value}; {dtype} ends at {limit} ({num_bad} of {num_elements} values)",
     "incidents.where.amax_only": "puts out {amax}",
     "incidents.where.input": "from inputs up to {input_amax}",
     "incidents.where.value": "holds {value} at {index}",
