@@ -171,7 +171,7 @@ class Guard:
         reading = turn.outcome.reading
         # Going back may mend what was corrupt before the update: what the moments held is told now or never.
         moments = [n for n in bad_tensors(self.port.state_tensors()) if "|" in n and n not in self.bad_from_start]
-        numbers = {"count": len(spoilt), "first": spoilt[0], "moments": moments[:_MAX_NAMED]}
+        numbers: dict[str, Any] = {"count": len(spoilt), "first": spoilt[0], "moments": moments[:_MAX_NAMED]}
         finding = UPDATE_NOT_FINITE.find(
             (moments or spoilt)[0], veto=True, step=reading.step, loss=reading.loss, **numbers
         )

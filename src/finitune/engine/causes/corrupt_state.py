@@ -92,6 +92,8 @@ def weigh(case: Case) -> Weight | None:
     reasons.against(case.good("fp32") and not bad, "fp32", 0.4)
     reasons.against(case.good("lower_lr"), "lower_lr", 0.5)
     reasons.against(case.bad("fresh_moments") and not bad, "fresh_moments", 0.2)
+    # The plain formula makes a good update of the very same moments: not they are wrong.
+    reasons.against(case.good("reference_optimizer") and not bad, "reference_optimizer", REFUTED)
     worst = bad[0] if bad else signs.first(case, "moment", "parameter")
     return reasons.weight(
         worst.name if worst is not None else case.finding.where,

@@ -140,13 +140,17 @@ def _most_back(lab: Lab) -> int:
 
 
 def _usual(case: Case, recent: Sequence[float], back: int) -> float:
-    """The median loss of before the course; where there is no before, the calm level or the first loss."""
+    """The loss of before the rise: as the detector of it says, or the median of before the course, the lower one.
+
+    Where there is no before: the calm level, or the first loss.
+    """
     earlier = recent[:-back]
     usual = median(earlier) if len(earlier) >= _TAIL else calm_level(recent)
     usual = case.past.get("first_loss") if usual is None else usual
-    if usual is None:
+    known = tools.finite([case.finding.data.get("before"), usual])
+    if not known:
         raise NotPossible("no loss of before is known")
-    return float(usual)
+    return float(min(known))
 
 
 def _past(lab: Lab, *, committed: bool) -> list[int | None]:

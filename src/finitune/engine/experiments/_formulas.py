@@ -26,10 +26,11 @@ def formula_of(optimizer: torch.optim.Optimizer) -> Update:
     def update(parameter: torch.nn.Parameter) -> torch.Tensor:
         group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
         moments = [_moment(state, moment, parameter) for moment in _MOMENTS[family]]
+        grad = _gradient(parameter, group, optimizer)
         if family == "sgd":
-            return _sgd(parameter, group, moments[0])
+            return _sgd(parameter, group, grad, moments[0])
         decoupled = name.startswith("adamw") or bool(group.get("decoupled_weight_decay"))
-        return _adam(parameter, group, moments, _steps(state) + 1, decoupled=decoupled)
+        return _adam(parameter, group, grad, moments, _steps(state) + 1, decoupled=decoupled)
 
     return update
 
@@ -49,16 +50,23 @@ def _steps(state: Mapping[str, Any]) -> int:
     return int(state.get("step", 0))
 
 
-def _gradient(parameter: torch.nn.Parameter, group: Mapping[str, Any]) -> torch.Tensor:
+def _gradient(
+    parameter: torch.nn.Parameter, group: Mapping[str, Any], optimizer: torch.optim.Optimizer
+) -> torch.Tensor:
+    """What the optimizer's kernel works with: a fused one divides by ``grad_scale`` itself (loss scale, clipping)."""
     if parameter.grad is None:
         raise NotPossible("a parameter has no gradient")
     grad = parameter.grad.float()
+    scale = getattr(optimizer, "grad_scale", None) if getattr(optimizer, "_step_supports_amp_scaling", False) else None
+    if isinstance(scale, torch.Tensor):
+        grad = grad / scale.to(grad.device).float()
     return -grad if group.get("maximize") else grad
 
 
 def _adam(
     parameter: torch.nn.Parameter,
     group: Mapping[str, Any],
+    grad: torch.Tensor,
     moments: list[torch.Tensor | None],
     step: int,
     *,
@@ -66,7 +74,7 @@ def _adam(
 ) -> torch.Tensor:
     beta1, beta2 = (float(b) for b in group["betas"])
     lr, decay = float(group["lr"]), float(group["weight_decay"])
-    weight, grad = parameter.detach().float(), _gradient(parameter, group)
+    weight = parameter.detach().float()
     if decoupled:
         weight = weight * (1 - lr * decay)
     elif decay:
@@ -79,8 +87,10 @@ def _adam(
     return weight - lr / (1 - beta1**step) * first / denominator
 
 
-def _sgd(parameter: torch.nn.Parameter, group: Mapping[str, Any], buffer: torch.Tensor | None) -> torch.Tensor:
-    weight, grad = parameter.detach().float(), _gradient(parameter, group)
+def _sgd(
+    parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    weight = parameter.detach().float()
     momentum = float(group.get("momentum", 0.0))
     grad = grad + float(group["weight_decay"]) * weight
     if momentum:

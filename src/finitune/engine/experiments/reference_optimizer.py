@@ -49,8 +49,11 @@ GROSS = 0.1
 
 
 def wanted(case: Case) -> bool:
-    """The update is under suspicion, and neither eps nor moments nor the state explain it."""
-    explained = case.good("adam_eps") or case.good("fresh_moments") or case.bad("scan_state")
+    """The update is under suspicion, and neither eps nor the state explain it.
+
+    Fresh moments are no explanation: they heal a wrong optimizer for some steps as well as bad moments.
+    """
+    explained = case.good("adam_eps") or case.bad("scan_state")
     return case.trigger in (Trigger.UPDATE, Trigger.RUNAWAY, Trigger.SILENT) and not explained
 
 
