@@ -9,7 +9,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPTS = ("one_nan.py", "speed.py", "memory.py", "start_up.py", "time_machine.py", "resume_peers.py")
+SCRIPTS = (
+    "one_nan.py",
+    "story.py",
+    "cures.py",
+    "guard_overhead.py",
+    "speed.py",
+    "memory.py",
+    "start_up.py",
+    "time_machine.py",
+    "resume_peers.py",
+)
 
 
 def main() -> None:

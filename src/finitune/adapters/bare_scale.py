@@ -39,7 +39,7 @@ class Scaling:
     @staticmethod
     def floor(conditions: Conditions) -> float:
         """The least scale."""
-        return max(MIN_SCALE, conditions.min_scale or 0.0)
+        return MIN_SCALE if conditions.min_scale is None else conditions.min_scale
 
     def left(self, conditions: Conditions) -> bool:
         """Whether a smaller scale is left to try."""

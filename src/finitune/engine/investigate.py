@@ -17,7 +17,7 @@ from finitune.engine.localise import localise
 from finitune.engine.plan import Plan
 from finitune.engine.prove import ProofSettings, prove
 from finitune.engine.remedying import candidates
-from finitune.engine.replay import same_again
+from finitune.engine.replay import SAME_AGAIN, same_again
 
 MAX_TRIALS = 6
 
@@ -40,7 +40,8 @@ def investigate(
     case = _examined(lab, entered)
     entered(Phase.DIAGNOSING)
     diagnosis = diagnose(case)
-    incident.verdict, incident.suspects = case.verdict, case.suspects
+    incident.verdict = case.verdict if SAME_AGAIN in case.evidence else None
+    incident.suspects = case.suspects
     incident.evidence, incident.diagnosis = tuple(case.evidence.values()), diagnosis
     entered(Phase.RECOVERING)
     trials, plan = _proved(lab, candidates(case, diagnosis, lab.now, policy), proof)

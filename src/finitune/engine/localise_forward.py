@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from finitune.engine.op_trace import Origin
 from finitune.engine.port import ReplayPort, Unit
 
 MAX_SOURCES = 8
+_HAS_POLE = re.compile(r"div|sqrt|log|reciprocal|pow|norm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,10 @@ def suspects_of_origin(origin: Origin, layouts: Sequence[Layout], model: nn.Modu
     data = {**origin.data, "micro": origin.micro, "phase": "backward" if origin.backward else "forward"}
     data |= {"module": origin.module, **(places.to_json() if places else {})}
     data.pop("out_shape", None)
-    found = _source(origin, data, layout, model) if origin.kind != "op" else _operation(origin, data)
+    if origin.kind == "op":
+        found = [*_operation(origin, data), *_empty_rows(origin, model)]
+    else:
+        found = _source(origin, data, layout, model)
     return [*found, *(_rows(places, layout, origin) if places else ())]
 
 
@@ -116,6 +121,27 @@ def _operation(origin: Origin, data: Mapping[str, Any]) -> list[Suspect]:
     detail = {**data, "op": origin.name, "node": origin.node}
     module = [Suspect("module", origin.module, detail)] if is_part(origin.module) else []
     return [*module, Suspect("op", f"{op} in {origin.module}", detail)]
+
+
+def _empty_rows(origin: Origin, model: nn.Module) -> list[Suspect]:
+    """Weights of the module with rows of zeros, where an operation with a pole began it: such a row has no length.
+
+    The magnitudes of an adapter (DoRA) belong to the layer that the adapter sits on.
+    """
+    name = origin.module
+    while "lora_" in name:
+        name = name.rpartition(".")[0]
+    module = _module(model, name)
+    if module is None or not name or not _HAS_POLE.search(f"{origin.name} {origin.node}".lower()):
+        return []
+    found = []
+    for own, weight in module.named_parameters(recurse=name != origin.module):
+        empty_R = (weight.detach().flatten(1) == 0).all(dim=1) if weight.dim() > 1 else weight.new_zeros(0)
+        rows = empty_R.nonzero().flatten().tolist()
+        if rows and len(rows) < len(weight):  # one that is all zeros was made so (LoRA's B)
+            data = {"what": "weight", "row": rows[0], "row_amax": 0.0, "num_rows": len(rows), "module": name}
+            found.append(Suspect("parameter", f"{name}.{own}", data))
+    return found
 
 
 def _source(origin: Origin, data: dict[str, Any], layout: Layout, model: nn.Module) -> list[Suspect]:

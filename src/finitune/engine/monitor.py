@@ -104,6 +104,7 @@ def read(trace: Trace) -> Reading:
     device = trace.loss_sum.device
     loss_sum, norm, *peaks = torch.cat([p.to(device) for p in parts]).tolist()
     amax = dict(zip(trace.watch_names, peaks, strict=True))
+    near = {n: p for n, p in amax.items() if n not in trace.wide_names}
     bad = [] if math.isfinite(norm) else bad_names(trace.parameter_names, trace.norms_P)
     return Reading(
         step=trace.step,
@@ -115,8 +116,9 @@ def read(trace: Trace) -> Reading:
         loss_scale=trace.loss_scale,
         bad_parameters=tuple(bad[:MAX_NAMED]),
         num_bad_parameters=len(bad),
-        amax=amax,
-        headroom_bits=headroom_bits([p for n, p in amax.items() if n not in trace.wide_names], trace.half_max),
+        # In half precision only what is half can overflow; of the rest what is bad already is told.
+        amax=amax if trace.half_max is None else near | {n: p for n, p in amax.items() if not math.isfinite(p)},
+        headroom_bits=headroom_bits(list(near.values()), trace.half_max),
         **trace.extras,
     )
 

@@ -12,6 +12,7 @@ from finitune.core.incident import Trial, Trigger
 from finitune.engine.conditions import NotPossible
 from finitune.engine.lab import Lab, Shot
 from finitune.engine.plan import BatchFate, Plan
+from finitune.engine.port import ReplayPort
 
 # A cured run goes on near the losses of before: so far above their median is not a cure. Single batches vary.
 MAX_RISE = 1.5
@@ -47,7 +48,9 @@ def _run(lab: Lab, plan: Plan, past_steps: int) -> tuple[list[Shot], int]:
     if start is None:
         raise NotPossible(f"the state after step {plan.to_step} cannot be had")
     skipping = plan.fate is BatchFate.SKIP
-    walked = [None] * (lab.before.step - start.step + (0 if skipping else 1))
+    # A bare loop that has just committed has no batch at hand.
+    own = 0 if skipping or not is_at_hand(lab.port) else 1
+    walked = [None] * (lab.before.step - start.step + own)
     steps: list[int | None] = [*walked, *_past(lab, past_steps)]
     if not steps:
         raise NotPossible("there is no batch to try it on")
@@ -62,6 +65,15 @@ def _past(lab: Lab, count: int) -> list[int | None]:
     ahead = min(count, lab.port.ahead())
     known = list(lab.port.clean_steps())[: count - ahead]
     return [*[None] * ahead, *known]
+
+
+def is_at_hand(port: ReplayPort) -> bool:
+    """There is a batch at the cursor."""
+    try:
+        port.batch()
+    except NotPossible:
+        return False
+    return True
 
 
 def _fault(lab: Lab, shots: Sequence[Shot], wanted: int) -> str | None:
@@ -80,9 +92,12 @@ def _fault(lab: Lab, shots: Sequence[Shot], wanted: int) -> str | None:
 
 def _risen(lab: Lab, shots: Sequence[Shot]) -> str | None:
     """A run that goes on far above where it was has not been cured."""
-    usual = lab.case.past.get("median_loss")
-    if usual is None or not math.isfinite(usual):
+    # A slow rise is part of the median by now; the detector knows the level of before.
+    levels = (lab.case.past.get("median_loss"), lab.case.finding.data.get("before"))
+    known = [x for x in levels if isinstance(x, float) and math.isfinite(x)]
+    if not known:
         return None
+    usual = min(known)
     # One batch may be hard; of those after a rollback, the last ones count.
     tail = [s.reading.loss for s in shots[-max(2, len(shots) // 2) :]]
     limit = max(usual * MAX_RISE, usual + MIN_RISE_NATS)

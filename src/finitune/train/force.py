@@ -53,7 +53,7 @@ class Force:
 
     def set_floor(self, scaler: LossScaler, configured_min: float, conditions: Conditions) -> None:
         """The least scale that the scaler goes down to."""
-        floor = max(configured_min, conditions.min_scale or 0.0)
+        floor = configured_min if conditions.min_scale is None else conditions.min_scale
         if scaler.settings.min_scale != floor:
             scaler.settings = replace(scaler.settings, min_scale=min(floor, scaler.settings.max_scale))
 

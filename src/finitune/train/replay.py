@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from finitune.core.types import RowId
 from finitune.data.collate import Batch, beginning, chosen, widened
-from finitune.data.loader import Cursor
+from finitune.data.loader import Cursor, Loader
 from finitune.engine.conditions import NotPossible
+from finitune.engine.line import is_clean
+from finitune.engine.policy import Action
 from finitune.engine.port import Ask, Unit
 
 Numbered = Sequence[tuple[int, Batch]]
@@ -46,6 +49,26 @@ class Seen:
         """Clean steps, newest first."""
         found = [s for s, clean in self._clean.items() if clean and step - self.SIZE < s <= step]
         return tuple(sorted(found, reverse=True))
+
+
+def recall(seen: Seen, loader: Loader, now: int, cursor: Cursor, records: Iterable[Mapping[str, Any]]) -> None:
+    """After a resume: where the batches of the last steps up to ``now`` are, and which of them went well.
+
+    Nothing is recalled where the data were cut differently before: the cursor is then another than by counting.
+    """
+    cursors = [Cursor()]
+    for _ in range(now):
+        cursors.append(loader.advance(cursors[-1]))
+    if cursors[-1] != cursor:
+        return
+    for step in range(max(1, now - Seen.SIZE + 1), now + 1):
+        seen.used(step, cursors[step - 1])
+    for record in records:
+        if record.get("kind") != "step" or record.get("action") not in (Action.PROCEED.value, Action.SKIP_BATCH.value):
+            continue
+        step, action = int(record["step"]), Action(record["action"])
+        if now - Seen.SIZE < step <= now:
+            seen.judged(step, clean=is_clean(action, (str(f["severity"]) for f in record.get("findings", ()))))
 
 
 def units_of(layout: Sequence[Sequence[tuple[RowId, ...]]]) -> tuple[Unit, ...]:

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from finitune.core import journal as journals
 from finitune.core.files import sweep, write_atomic
 from finitune.core.journal import Journal
 from finitune.core.types import Finding
@@ -25,6 +26,7 @@ from finitune.train.plan import Plan
 from finitune.train.prepare import Prepared, prepare
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_io import to_yaml
+from finitune.train.replay import recall
 from finitune.train.result import RunResult
 from finitune.train.resume import Resumed, leave_behind, prepare_resumed
 from finitune.train.session import Session, Start
@@ -135,6 +137,8 @@ def _go_on(
             return done
         start = Start(started_s, True, resumed.point.folder, facts=resumed.facts, close=release)
         session = _session(place.run_dir, resumed.prepared, observers, start, resumed)
+        port = resumed.prepared.port
+        recall(port.seen, port.parts.loader, port.state.step, port.state.cursor, journals.read(session.journal.path))
         if swept:
             session.journal.write("swept", done=swept)
         stack.pop_all()

@@ -250,6 +250,9 @@ class TrainPort:
         state, scaler = self.state, self.scaler
         state.attempt += 1
         if action is Action.TREAT:
+            if scaler is not None and scaler.retries:
+                # The smaller scales did not help: what does is another cure, at the scale of before.
+                scaler.give_up(blame_batch=True)
             return
         if action is Action.RETRY_SMALLER_SCALE:
             assert scaler is not None, "only a scaled loss can be tried at a smaller scale"

@@ -100,7 +100,7 @@ BASE = {"supervised_tokens", "known_good_batch"}
         (case_of(Trigger.UPDATE, PURE, ("adam_eps",), ()), {"supervised_tokens", "fresh_moments"}),
         (
             case_of(Trigger.UPDATE, {**PURE, "adam_eps": 1e-4}, ("fresh_moments",), ("update_share",)),
-            {"supervised_tokens"},
+            {"supervised_tokens", "reference_optimizer"},
         ),
         (case_of(Trigger.UPDATE, FP32, (), ("scan_state",)), {"supervised_tokens", "fresh_moments"}),
     ],

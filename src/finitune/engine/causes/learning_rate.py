@@ -83,6 +83,7 @@ def weigh(case: Case) -> Weight | None:
     reasons.against(case.good("fresh_moments"), "fresh_moments", 0.7)
     reasons.against(case.good("math_attention"), "math_attention", 0.3)
     rate = signs.number(case.reading.lr)
+    factor = signs.number(case.number("lower_lr", "factor")) or 0.1
     return reasons.weight(
         start_step=signs.shown(case.number("lower_lr", "start_step")),
         same=_last(case.number("lower_lr", "losses_same")),
@@ -90,7 +91,7 @@ def weigh(case: Case) -> Weight | None:
         tenth=_last(case.number("lower_lr", "losses_tenth")),
         median_loss=signs.shown(case.number("lower_lr", "median_loss", case.past.get("median_loss"))),
         lr=signs.shown(rate),
-        tenth_lr=signs.shown(rate / 10 if rate is not None else None),
+        tenth_lr=signs.shown(rate * factor if rate is not None else None),
     )
 
 

@@ -25,7 +25,7 @@ Source:
 from __future__ import annotations
 
 from finitune.core.codes import Code, Text
-from finitune.core.incident import Verdict
+from finitune.core.incident import Trigger, Verdict
 from finitune.core.types import Severity
 from finitune.engine.case import Case
 from finitune.engine.causes._signs import shown
@@ -70,6 +70,7 @@ def weigh(case: Case) -> Weight | None:
     reasons = Reasons()
     reasons.proof(case.verdict is Verdict.NOT_REPRODUCED, "verdict", 0.95)
     return reasons.weight(
+        case.finding.where if case.trigger is Trigger.UPDATE else "",
         step=case.reading.step,
         num_tries=shown(case.number("same_again", "num_tries")),
         num_bad=shown(case.number("same_again", "num_bad")),

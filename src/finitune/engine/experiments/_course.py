@@ -12,7 +12,7 @@ from finitune.engine.case import Case
 from finitune.engine.conditions import Conditions, NotPossible
 from finitune.engine.experiments import _tools as tools
 from finitune.engine.lab import Lab
-from finitune.engine.prove import MAX_RISE, MIN_RISE_NATS
+from finitune.engine.prove import MAX_RISE, MIN_RISE_NATS, is_at_hand
 from finitune.engine.snapshot import Snapshot
 
 MIN_BACK_STEPS = 8
@@ -155,7 +155,7 @@ def _usual(case: Case, recent: Sequence[float], back: int) -> float:
 
 def _past(lab: Lab, *, committed: bool) -> list[int | None]:
     """Batches past the failing step: the coming ones; where they are not there yet, the newest that went well."""
-    # Where the step was committed, the batch at hand is a coming one already.
-    coming = min(PAST_STEPS, lab.port.ahead() + (1 if committed else 0))
+    # Where the step was committed, the batch at hand is a coming one already; a loop may not have handed it over yet.
+    coming = min(PAST_STEPS, lab.port.ahead() + (1 if committed and is_at_hand(lab.port) else 0))
     known = [s for s in lab.port.clean_steps() if s < lab.step]
     return [*[None] * coming, *known[: PAST_STEPS - coming]]

@@ -16,9 +16,12 @@ Source:
 
 from __future__ import annotations
 
-from finitune.core.incident import Result, Words
+from collections.abc import Sequence
+
+from finitune.core.incident import Result, Trigger, Words
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
+from finitune.engine.experiments._course import limit_of
 from finitune.engine.experiments._tools import Findings, evidence, fails_in_step, update_unexplained
 from finitune.engine.lab import Lab
 from finitune.engine.port import Ask
@@ -43,13 +46,26 @@ def wanted(case: Case) -> bool:
     return fails_in_step(case) or update_unexplained(case)
 
 
-def run(lab: Lab, case: Case) -> Findings:  # noqa: ARG001
+def run(lab: Lab, case: Case) -> Findings:
     """Compute them. Raises NotPossible where no batch of before can be had, BudgetSpent."""
     steps = [s for s in lab.port.clean_steps() if s < lab.step][:NUM_BATCHES]
     if not steps:
         raise NotPossible("no batch that went well before is at hand")
     shots = [lab.shoot(ask=Ask(step=step)) for step in steps]
-    num_good = sum(not s.bad for s in shots)
+    was = _losses_then(lab, case, steps)
+    num_good = sum(not s.bad and not _has_risen(case, s.reading.loss, w) for s, w in zip(shots, was, strict=True))
     losses = [s.reading.loss for s in shots]
     good = num_good == len(shots)
     return evidence("known_good_batch", good, steps=steps, losses=losses, num_good=num_good, num=len(shots)), ()
+
+
+def _losses_then(lab: Lab, case: Case, steps: Sequence[int]) -> list[float | None]:
+    """The losses of these steps when they were made; None where the record does not tell."""
+    recent = list(case.past.get("recent_losses", ()))
+    in_a_row = steps == [lab.step - 1 - k for k in range(len(steps))] and len(recent) >= len(steps)
+    return [recent[-1 - k] if in_a_row else None for k in range(len(steps))]
+
+
+def _has_risen(case: Case, loss: float, was: float | None) -> bool:
+    """An outlier's limit follows the course; a batch that was learnt from and is far worse now is not well either."""
+    return case.trigger is Trigger.OUTLIER and was is not None and not loss <= limit_of(was)

@@ -65,6 +65,8 @@ def run(lab: Lab, case: Case) -> Findings:  # noqa: ARG001
     was = {name: p.detach().clone() for name, p in lab.port.parameters()}
 
     def before_step(*_: Any) -> None:
+        if expected:
+            return  # an optimizer that calls its parent's step() comes here twice, the second time in the midst of it
         with torch.no_grad():
             expected.update({n: update(p) for n, p in lab.port.parameters() if p.grad is not None})
 

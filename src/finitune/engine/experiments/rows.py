@@ -69,6 +69,8 @@ def _spans(lab: Lab, case: Case, found: RowsFound) -> dict[int, tuple[int, int]]
                 spans[number] = span
     except BudgetSpent:
         pass  # the rows are known; the spans are an extra
+    except Exception:  # noqa: BLE001 - a model or loss that cannot take a row without targets
+        lab.port.abort()
     return spans
 
 

@@ -1,7 +1,7 @@
 """Lower the learning rate: back to before the rise, a smaller rate, a short warm-up. Only where it was proved.
 
 What it does:
-    Goes back to the state at which the experiment started and multiplies the scheduled rate by 1/2 or 1/10; the rate
+    Goes back to the state at which the experiment started and multiplies the scheduled rate by 1/2, 1/10 or 1/100; it
     rises from 0 over the first half of the way back. After relapses: 1/10 at once, then from further back.
 
 What it costs:
@@ -47,9 +47,10 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
     if not case.good("lower_lr") or start is None:
         return
     past = rungs.relapses(case, cause, "lower_lr")
+    least = rungs.number(case.number("lower_lr", "factor")) or 0.1
     rungs_left = [(0.5, start)] if not past and _half_is_enough(case) else []
-    rungs_left += [(0.1, start)] if past < 2 else []
-    rungs_left += [(0.1, further) for further in _further(case, start)]
+    rungs_left += [(least, start)] if past < 2 else []
+    rungs_left += [(least, further) for further in _further(case, start)]
     for factor, to_step in rungs_left:
         yield _plan(case, now, factor, to_step)
 
