@@ -27,7 +27,7 @@ from finitune.engine.remedies import _rungs as rungs
 SAFETY = Safety.SAFE
 SAYS = Words(
     "Computed in fp32 from now on: {modules}.",
-    "从现在起 {count} 个模块以 fp32 计算：{modules}。",
+    "从现在起以 fp32 计算：{modules}。",
 )
 ADVICE = Words(
     "Use precision: bf16 where the device has it, or keep these modules in fp32: {modules}.",
