@@ -23,7 +23,6 @@ from finitune.adapters import bare_batch
 from finitune.adapters.bare_asked import BareBatches, Loop
 from finitune.adapters.bare_compute import (
     SideEffects,
-    check_clipper,
     clip_adaptively,
     clip_to,
     loss_of,
@@ -43,7 +42,7 @@ from finitune.engine.conditions import AS_CONFIGURED, Conditions, NotPossible
 from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import WHOLE, Ask, Capability, Trace
-from finitune.engine.realise import Realiser, clip_norm, learning_rate
+from finitune.engine.realise import Realiser, check_clipper, clip_norm, learning_rate
 from finitune.engine.snapshot import copy_over, is_out_of_memory
 from finitune.numerics.norms import tensor_norms
 from finitune.numerics.probe import movement, sample

@@ -13,7 +13,7 @@ from finitune.adapters.codes import LOSS_UNUSABLE, SPARSE_GRADIENT
 from finitune.core import registry
 from finitune.core.errors import UserError
 from finitune.core.types import Reading
-from finitune.engine.conditions import AS_CONFIGURED, Conditions, NotPossible
+from finitune.engine.conditions import AS_CONFIGURED, Conditions
 from finitune.engine.realise import learning_rate
 from finitune.numerics.fingerprint import checksum
 from finitune.numerics.norms import tensor_norms
@@ -80,16 +80,6 @@ def clip_adaptively(
         if parameter.grad is not None and factor != 1.0:
             parameter.grad.mul_(factor)
     return {"name": name, "state": clipper.state()}
-
-
-def check_clipper(conditions: Conditions) -> None:
-    """Raise NotPossible where the clipper is none."""
-    if conditions.clipper is None:
-        return
-    try:
-        registry.load("clippers", conditions.clipper)
-    except registry.UnknownMember as error:
-        raise NotPossible(str(error)) from error
 
 
 # -- learning rate -------------------------------------------------------------------------------------------------

@@ -60,6 +60,11 @@ class Conditions:
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
         return cls(**values)
 
+    def replaced_in(self, was: Conditions) -> dict[str, Any]:
+        """The values, JSON-able, that ``was`` had in the fields in which this differs from it."""
+        before = was.changes_from(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in before.items()}
+
     def changes_from(self, other: Conditions) -> dict[str, Any]:
         """Fields in which this differs from ``other``, with this one's values."""
         mine, theirs = asdict(self), asdict(other)

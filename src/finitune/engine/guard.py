@@ -269,7 +269,7 @@ class Guard:
     def _treat(self, turn: Turn, incident: Incident, found: Found | None, treatment: Treatment) -> None:
         """Carry out the plan that was proved, or what remains without one."""
         plan = found.plan if found is not None else None
-        if plan is not None and treatment.is_spent(incident, self.settings.max_relapses):
+        if plan is not None and treatment.is_spent(incident, plan, self.settings.max_relapses):
             plan = None
         # What has not failed yet may go on without a cure; what fails may not.
         slow = incident.trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT)

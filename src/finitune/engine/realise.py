@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from finitune.core import registry
 from finitune.engine.conditions import AS_CONFIGURED, Conditions, NotPossible
 from finitune.engine.islands import Island, Visit, abandon, check_island, mapped
 from finitune.engine.widen import widen_batch
@@ -234,6 +235,16 @@ def learning_rate(scheduled: float, updates: int, conditions: Conditions) -> flo
     if not 0 <= done < conditions.warmup_steps:
         return rate
     return rate * (done + 1) / (conditions.warmup_steps + 1)
+
+
+def check_clipper(conditions: Conditions) -> None:
+    """Raise NotPossible where the clipper is none."""
+    if conditions.clipper is None:
+        return
+    try:
+        registry.load("clippers", conditions.clipper)
+    except registry.UnknownMember as error:
+        raise NotPossible(str(error)) from error
 
 
 def clip_norm(configured: float | None, conditions: Conditions) -> float | None:

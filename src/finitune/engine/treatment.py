@@ -3,7 +3,7 @@
 The guard's memory (``port.state.guard``) holds
     incidents   one short record each: number, step, code, where, remedy, conditions
     given       conditions that may be given back: the step at which that is tried, the wait after a refusal,
-                and the conditions of before
+                and the values of before, of these fields only: what other cures changed since stays
     quiet       kinds of failure without a cure that are not investigated again before a step
 """
 
@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from finitune.core.errors import Halted
-from finitune.core.incident import Incident, Trigger
+from finitune.core.incident import Incident, Safety, Trigger
 from finitune.core.types import Finding
 from finitune.engine.codes import STATE_NOT_FINITE
 from finitune.engine.codes_guard import INCIDENT_HALT
@@ -22,7 +22,7 @@ from finitune.engine.conditions import Conditions, NotPossible
 from finitune.engine.line import treated
 from finitune.engine.mend import mend
 from finitune.engine.monitor import read
-from finitune.engine.plan import Operation, Plan
+from finitune.engine.plan import BatchFate, Operation, Plan
 from finitune.engine.port import ReplayPort
 from finitune.engine.snapshot import Snapshot
 from finitune.engine.timeline import Timeline, Unreachable
@@ -58,7 +58,8 @@ class Treatment:
         _remember(memory, incident, plan.conditions)
         if plan.temporary and plan.conditions != was:
             until = self.port.state.step + incident.steps_lost + self.probation_steps
-            memory["given"] = {"at": until, "wait": self.probation_steps, "back_to": was.to_json()}
+            before = {**plan.conditions.replaced_in(was), **memory.get("given", {}).get("before", {})}
+            memory["given"] = {"at": until, "wait": self.probation_steps, "before": before}
         self._change(incident.number, plan, memory)
 
     def note(self, incident: Incident, conditions: Conditions | None) -> None:
@@ -121,10 +122,10 @@ class Treatment:
         slow = trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT)
         return slow and until is not None and self.port.state.step < until
 
-    def is_spent(self, incident: Incident, max_relapses: int) -> bool:
-        """The same cause at the same place has come back too often."""
+    def is_spent(self, incident: Incident, plan: Plan, max_relapses: int) -> bool:
+        """The same cause at the same place has come back too often. What is harmless may come back for ever."""
         top = incident.diagnosis.top
-        if top is None:
+        if top is None or plan.fate is BatchFate.PASS or (plan.fate is BatchFate.SKIP and plan.safety is Safety.SAFE):
             return False
         same = [i for i in self.memory.get("incidents", ()) if (i["code"], i["where"]) == (top.code, top.where)]
         return len(same) >= max_relapses
@@ -135,7 +136,7 @@ class Treatment:
         if given is None or self.port.state.step < given["at"]:
             return
         memory = copy.deepcopy(self.memory)
-        back_to = Conditions.from_json(given["back_to"])
+        back_to = Conditions.from_json({**self.port.conditions.to_json(), **given["before"]})
         if self._fits(back_to):
             del memory["given"]
         else:

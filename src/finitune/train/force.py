@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from finitune.core import registry
-from finitune.engine.conditions import AS_CONFIGURED, Conditions, NotPossible
-from finitune.engine.realise import Realiser
+from finitune.engine.conditions import AS_CONFIGURED, Conditions
+from finitune.engine.realise import Realiser, check_clipper
 from finitune.engine.scaler import LossScaler
 from finitune.train.compute import Compute
 
@@ -30,7 +29,7 @@ class Force:
         if conditions == self.now:
             return
         precision = self.compute.named(conditions.precision)
-        _check_clipper(conditions)
+        check_clipper(conditions)
         self._realise(conditions, cast=self.compute.half_weights and precision is not self.compute.configured)
         self.compute.precision = precision
         self.now = conditions
@@ -56,16 +55,6 @@ class Force:
         floor = configured_min if conditions.min_scale is None else conditions.min_scale
         if scaler.settings.min_scale != floor:
             scaler.settings = replace(scaler.settings, min_scale=min(floor, scaler.settings.max_scale))
-
-
-def _check_clipper(conditions: Conditions) -> None:
-    """Raise NotPossible where the clipper is none."""
-    if conditions.clipper is None:
-        return
-    try:
-        registry.load("clippers", conditions.clipper)
-    except registry.UnknownMember as error:
-        raise NotPossible(str(error)) from error
 
 
 def without_islands(
