@@ -6,7 +6,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test check format real kill bench golden clean install model
+.PHONY: quickstart test check format real kill bench bench-quick faultbench golden clean install model
 
 quickstart: install model
 	$(BIN)/finitune train
@@ -39,6 +39,16 @@ golden: install
 
 bench: install model
 	$(BIN)/python benchmarks/run_all.py
+
+# FaultBench: every fault once and short healthy runs, a few minutes on two cores; fails if anything is poisoned.
+JOBS ?= 2
+bench-quick: install
+	OMP_NUM_THREADS=1 $(BIN)/finitune bench --quick --seeds 1 --jobs $(JOBS) --out build/faultbench-quick
+
+# The whole of it: five seeds, 100,000 healthy steps, every contender that is installed, the real model.
+faultbench: install model
+	OMP_NUM_THREADS=1 $(BIN)/finitune bench --seeds 5 --jobs $(JOBS) --heavy --contender all --out build/faultbench
+	cp build/faultbench/faultbench.json build/faultbench/faultbench.md build/faultbench/faultbench.svg benchmarks/
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

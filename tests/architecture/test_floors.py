@@ -31,8 +31,8 @@ FLOORS = {
     "preflight": 4,
     "postmortem": 4,
     "report": 5,
-    "cli": 6,
     "bench": 6,
+    "cli": 7,
     "recipes": 0,
 }
 # What a room may import from outside, where that is restricted; the standard library is always allowed.
@@ -225,7 +225,7 @@ def test_a_sound_house_has_no_faults(rule, tmp_path: Path) -> None:
         ("train", "from finitune.adapters import bare"),
         ("train", "from finitune.report import text"),
         ("report", "from finitune.cli.main import main"),
-        ("cli", "from finitune.bench import faults"),
+        ("bench", "from finitune.cli.main import main"),
     ],
 )
 def test_an_import_from_above_or_beside_is_seen(room: str, statement: str, tmp_path: Path) -> None:

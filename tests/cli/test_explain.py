@@ -49,3 +49,23 @@ def test_an_unknown_code(cli, name):
 
 def test_a_close_code_is_offered(cli):
     assert "CFG005" in cli("explain", "CFG05").err
+
+
+def test_a_code_with_a_case_leads_to_it(cli):
+    page = cli("explain", "NUM404").out
+    assert "tests/casebook/exp_under_mask.md" in page
+    assert "finitune bench --filter exp_under_mask --seeds 1 --tell" in page
+    case = cli("explain", "NUM404", "--json").record["code"]["case"]
+    assert case == {
+        "page": "tests/casebook/exp_under_mask.md",
+        "command": "finitune bench --filter exp_under_mask --seeds 1 --tell",
+    }
+
+
+def test_a_symptom_leads_to_the_index(cli):
+    assert cli("explain", "NUM001", "--json").record["code"]["case"] == {"page": "tests/casebook/README.md"}
+
+
+def test_a_code_without_a_case_says_none(cli):
+    assert cli("explain", "CFG005", "--json").record["code"]["case"] is None
+    assert "casebook" not in cli("explain", "CFG005").out

@@ -59,3 +59,31 @@ def test_an_overflow_is_foretold(traces) -> None:
     ]
     first_step, _ = traces.show(readings, traces.of(headroom))[0]
     assert 20 <= 81 - first_step <= 80
+
+
+def notes(traces, *bits: float) -> list[int]:
+    readings = [Reading(step=i + 1, loss=2.0, grad_norm=1.0, headroom_bits=b) for i, b in enumerate(bits)]
+    return [step for step, _ in traces.show(readings, traces.of(headroom))]
+
+
+def test_a_run_that_stays_near_the_limit_is_told_once(traces) -> None:
+    assert notes(traces, *[1.3, 1.2, 1.4] * 100) == [1]
+    assert notes(traces, *[3.0, 2.5, 0.3], *[0.3, 0.2, 1.5, 0.4] * 100) == [3]
+
+
+def test_every_further_half_bit_is_told(traces) -> None:
+    assert notes(traces, 4.0, 1.9, 1.8, 1.41, 1.39, 1.0, 0.88, 0.51, 0.49, 0.3, 0.1, -0.02) == [2, 4, 6, 9, 12]
+
+
+def test_the_same_batch_at_a_smaller_loss_scale_is_not_told_again(traces) -> None:
+    tries = [Reading(1, 2.0, math.inf, loss_scale=65536.0 / 2**k, headroom_bits=1.3) for k in range(8)]
+    said = traces.show([*tries, Reading(1, 2.0, 1.0, loss_scale=256.0, headroom_bits=1.3)], traces.of(headroom))
+    assert len(said) == 1
+
+
+def test_what_was_lowest_survives_a_save() -> None:
+    history, loaded = History(), History()
+    for bits in (3.0, 1.2, 1.5):
+        history.committed(2.0, 1.0, headroom_bits=bits)
+    loaded.load(history.state())
+    assert (loaded.lowest_headroom_bits, loaded.first_headroom_bits) == (1.2, 3.0)

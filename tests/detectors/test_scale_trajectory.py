@@ -75,3 +75,11 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(loss: float) -> Non
     for _ in range(12):
         history.overflowed()
     assert detect(history, Reading(step=60, loss=loss, grad_norm=math.nan, loss_scale=16.0), Config()) is None
+
+
+def test_a_scaler_that_begins_anew_searches_in_silence(traces: ModuleType) -> None:
+    """A new GradScaler in the middle of a run: 65536 again, where 64 is right."""
+    readings = []
+    for i, scale in enumerate([64.0] * 40 + [65536.0 / 2**k for k in range(10)] + [64.0] * 40):
+        readings.append(Reading(step=i + 1, loss=2.0, grad_norm=math.inf if scale > 64.0 else 1.0, loss_scale=scale))
+    assert traces.show(readings, traces.of(scale_trajectory)) == []

@@ -30,11 +30,24 @@ def test_no_scaler_and_the_one_of_logs_without_scaling_are_fine(scale: float | N
     assert judge(scale) is None
 
 
-def test_endless_overflow_is_a_collapse_at_any_scale() -> None:
-    assert judge(65536.0, overflows=14, grad_norm=math.inf) is None
-    found = judge(65536.0, overflows=15, grad_norm=math.inf)
+@pytest.mark.parametrize(("scale", "least"), [(2.0, 16), (64.0, 16), (128.0, 40), (65536.0, 40), (2.0**40, 40)])
+def test_endless_overflow_is_a_collapse_at_any_scale(scale: float, least: int) -> None:
+    assert judge(scale, overflows=least - 2, grad_norm=math.inf) is None
+    found = judge(scale, overflows=least - 1, grad_norm=math.inf)
     assert found is not None
-    assert found.data["overflows"] == 16
+    assert found.data["overflows"] == least
+
+
+def test_from_65536_a_collapse_is_told_after_sixteen_overflows() -> None:
+    told = [n for n in range(40) if judge(65536.0 / 2.0**n, overflows=n, grad_norm=math.inf) is not None]
+    assert told[0] == 15
+
+
+@pytest.mark.parametrize("needed", [6, 10, 14])
+def test_a_search_from_a_very_large_scale_is_no_collapse(needed: int) -> None:
+    """Megatron begins at 2**32: 18 to 26 overflows, and nothing is wrong."""
+    for number in range(32 - needed):
+        assert judge(2.0 ** (32 - number), overflows=number, grad_norm=math.inf) is None
 
 
 def test_the_start_up_search_is_no_collapse() -> None:

@@ -69,3 +69,21 @@ def test_bf16_weights_really_stall_and_fp32_weights_do_not(traces) -> None:
 
     assert judge(*fractions(torch.bfloat16)) is not None
     assert judge(*fractions(torch.float32)) is None
+
+
+def test_rewards_that_are_all_alike_are_no_stall(traces) -> None:
+    """A policy gradient then has neither loss nor gradient, from the first step on and again and again."""
+    from finitune.detectors import stalled_update
+
+    pattern = [0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0] * 20
+    steps = [Reading(step=i, loss=0.1 * n, grad_norm=n, lr=1e-5, supervised_tokens=9) for i, n in enumerate(pattern)]
+    assert traces.show(steps, traces.of(stalled_update)) == []
+
+
+@pytest.mark.parametrize("loss", [0.0, 2.0])
+def test_a_gradient_that_dies_is_reported_after_sixteen_steps(traces, loss: float) -> None:
+    from finitune.detectors import stalled_update
+
+    norms = [1.0] * 30 + [0.0] * 20
+    steps = [Reading(step=i + 1, loss=loss, grad_norm=n, lr=1e-5, supervised_tokens=9) for i, n in enumerate(norms)]
+    assert [step for step, _ in traces.show(steps, traces.of(stalled_update))] == [46, 47, 48, 49, 50]

@@ -282,8 +282,8 @@ def falling_scale() -> list[Reading]:
 
 FAULTS: dict[str, Callable[[], list[Reading]]] = {
     "non_finite": lambda: spoiled(30, loss=math.nan, grad_norm=math.nan),
-    "loss_spike": lambda: spoiled(30, loss=20.0),
-    "gradient_explosion": lambda: spoiled(30, grad_norm=100.0),
+    "loss_spike": lambda: spoiled(30, loss=200.0),
+    "gradient_explosion": lambda: spoiled(30, grad_norm=1000.0),
     "scaler_collapse": lambda: spoiled(30, loss_scale=0.5),
     "headroom": lambda: spoiled(30, headroom_bits=0.2),
     "stalled_update": lambda: spoiled(30, 10, changed_fraction=0.001),
@@ -294,5 +294,6 @@ FAULTS: dict[str, Callable[[], list[Reading]]] = {
     "runaway": lambda: spoiled(30, 30, loss=10.8),
     "scale_trajectory": lambda: falling_scale(),
     "update_ratio": lambda: spoiled(30, 10, update_ratio=0.02),
+    "replaced_loss": lambda: spoiled(30, loss=0.0, grad_norm=0.0),
 }
 """A trace on which the detector of that name must speak."""

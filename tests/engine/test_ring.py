@@ -366,6 +366,12 @@ def test_the_distance_is_one_until_a_step_was_timed_and_never_less() -> None:
     assert distance.steps == 1
 
 
+def test_without_being_asked_a_ring_takes_no_more_than_half_a_per_cent() -> None:
+    """So that it fits, with the checks of a step, into the two per cent that watching a healthy run may cost."""
+    assert SnapshotRing(2).distance.cost_share <= 0.005
+    assert SnapshotRing.within(100, 10, max_count=2).distance.cost_share <= 0.005
+
+
 def test_a_ring_measures_its_own_costs() -> None:
     port, ring = small_port(), SnapshotRing(2, cost_share=0.01)
     ring.take(port, 1e-9)

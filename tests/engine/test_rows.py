@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from finitune.core.incident import Suspect
+from finitune.core.types import Reading
 from finitune.engine.conditions import NotPossible
-from finitune.engine.lab import BudgetSpent, Lab
+from finitune.engine.lab import BudgetSpent, Lab, Shot
+from finitune.engine.port import WHOLE, Ask
 from finitune.engine.rows import find_rows, find_span
 from support.replay_port import BarePort, lab_of, with_case
 from support.tiny_ports import llama_port
@@ -142,6 +144,24 @@ def test_a_named_span_is_checked_and_believed_or_not() -> None:
         one = lab_of(port)
         case = with_case(one, suspects=(Suspect("tokens", "x", {"micro": 0, "index": 2, "span": span}),))
         assert find_span(one, case, 2) == expected
+
+
+def test_a_prefix_without_any_target_is_another_failure_and_moves_no_border(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over no token is 0 / 0 with gradients of zero: that is not how this row fails."""
+    port = llama_port(rows=4, width=24)
+    port.batches[0][0]["input_ids"][2, 17] = 5
+    with torch.no_grad():
+        port.model.model.embed_tokens.weight[5] = float("inf")
+    one = lab_of(port)
+    real = one.shoot
+
+    def shoot(conditions: Any = None, ask: Ask = WHOLE) -> Shot:
+        if ask.prefix_tokens is not None and ask.prefix_tokens < 10:
+            return Shot(Reading(1, float("nan"), 0.0), True)
+        return real(conditions, ask)
+
+    monkeypatch.setattr(one, "shoot", shoot)
+    assert find_span(one, one.case, 2) == (17, 18)
 
 
 def test_without_prefixes_or_tokens_there_is_no_span() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finitune.engine.snapshot import Snapshot, as_snapshot, copy_over
+from finitune.engine.snapshot import Buffers, Snapshot, as_snapshot, copy_over
 from finitune.numerics.digest import digest
+from finitune.numerics.fingerprint import fingerprint
 from finitune.train.step import TrainPort
 from support.small_port import small_port, train
 
@@ -137,6 +138,26 @@ def test_a_return_drops_the_gradients_at_hand() -> None:
         parameter.grad = torch.ones_like(parameter)
     snapshot.restore(port)
     assert all(p.grad is None for _, p in port.parts.parameters)
+
+
+def test_the_fingerprint_is_that_of_the_copied_state_whenever_it_is_asked_for() -> None:
+    port = small_port()
+    train(port, 2)
+    there = fingerprint(port.state_tensors(), port.state_record())
+    early, late = as_snapshot(port), Buffers().take(port)
+    train(port, 2)
+    assert early.mark == late.mark == there
+    assert late.mark is late.mark
+
+
+def test_a_copy_to_work_with_keeps_the_fingerprint_of_what_was_copied() -> None:
+    """Who writes into it must not be able to change what it is compared with."""
+    port = small_port()
+    there = fingerprint(port.state_tensors(), port.state_record())
+    snapshot = as_snapshot(port)
+    snapshot.tensors[WEIGHT].fill_(1.0)
+    assert snapshot.mark == there
+    assert not snapshot.intact()
 
 
 @pytest.mark.parametrize("where", ["weight", "moment", "record"])

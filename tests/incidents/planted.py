@@ -290,6 +290,15 @@ def nan_moment(after: int, name: str, place: int, which: str = "exp_avg") -> Fau
     return lambda rig: rig.between(after, lambda: spoil(rig))
 
 
+def moment(after: int, name: str, place: int, which: str, value: float) -> Fault:
+    """T: one element of a moment takes another value between two steps."""
+
+    def spoil(rig: Rig) -> None:
+        rig.optimizer.state[dict(rig.model.named_parameters())[name]][which].view(-1)[place] = value
+
+    return lambda rig: rig.between(after, lambda: spoil(rig))
+
+
 class AdamWInBytes(torch.optim.AdamW):
     """R: keeps second moments in 8 bits with a map whose top half is negative, from the 5th update on."""
 
@@ -310,6 +319,37 @@ def wrong_map(rig: Rig) -> None:
     """R: the optimizer becomes a :class:`AdamWInBytes`."""
     rig.optimizer.__class__ = AdamWInBytes
     rig.optimizer._patch_step_function()  # as its constructor would have done
+
+
+class WrongAdamW(torch.optim.AdamW):
+    """R: from an update on, its steps are not AdamW's: uphill, or divided by the squares instead of their root."""
+
+    kind, after = "uphill", 4
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """As AdamW, then bent."""
+        every = [(group, p, p.clone()) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        super().step(closure)
+        for group, p, was in every:
+            state = self.state[p]
+            if float(state["step"]) <= self.after:
+                continue
+            if self.kind == "uphill":
+                p.copy_(2 * was - p)
+            else:
+                second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+                p.copy_(was - (was - p) / (second.sqrt() + 1e-4))
+
+
+def wrong_updates(kind: str, after: int) -> Fault:
+    """R: the optimizer becomes a :class:`WrongAdamW`."""
+
+    def fault(rig: Rig) -> None:
+        rig.optimizer.__class__ = type("WrongAdamW", (WrongAdamW,), {"kind": kind, "after": after})
+        rig.optimizer._patch_step_function()
+
+    return fault
 
 
 class _RowNorm(nn.Linear):

@@ -37,6 +37,10 @@ def test_a_token_that_overflows_is_named_and_its_row_is_kept(tmp_path: Path, por
     found = shows(story, "NUM400", remedies=RANGE, never=NEVER, never_cure=("lower_lr", "clip", "skip_rows"))
     assert "layers.0.mlp" in found.diagnosis.top.where, summary(found)
     assert suspects(found, "row"), summary(found)
+    # One module is enough, on a port that computes its backward pass inside of the half region as well.
+    assert found.remedy == "fp32_modules", summary(found)
+    [islands] = [e for e in found.evidence if e.experiment == "islands"]
+    assert islands.numbers["modules"] == ["model.layers.0.mlp"], summary(found)
     assert not story.stopped
 
 
@@ -77,6 +81,35 @@ def test_a_floor_of_the_scale_that_is_too_high_is_named(tmp_path: Path) -> None:
     )
     shows(story, "NUM401", remedies=("scaler_reset", *RANGE), never=NEVER)
     assert not story.stopped
+
+
+@pytest.mark.parametrize("bits", [28, 31])
+def test_gradients_beyond_the_floor_of_the_scale_are_named_in_a_bare_loop(bits: int) -> None:
+    """A loss of another unit: at the floor of 2^-4 its gradients still pass 65504, at 2^-12 they do not."""
+    model = tiny_llama(0, hidden=32, layers=2, heads=2, kv_heads=2, mlp=64).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+
+    def loss_fn(of, batch):
+        with torch.autocast("cpu", torch.float16):
+            return of(**batch, use_cache=False).loss * 2.0**bits
+
+    from support.incidents import text
+
+    with finitune.guard(model, optimizer, loss_fn, scaler=scaler, max_grad_norm=1.0) as guard:
+        outcomes = [guard.step(batch) for batch in text(14)]
+        incidents = guard.incidents
+    found = incidents[0]
+    assert (found.trigger.value, found.diagnosis.code) == ("scale", "NUM401"), summary(found)
+    [scales] = [e for e in found.evidence if e.experiment == "loss_scales"]
+    assert scales.numbers["good_at"] == [2.0**-12], summary(found)
+    # The lower floor comes first; a loop that skips at every overflow cannot prove it, and another precision cures.
+    assert found.trials[0].plan["remedy"] == "scaler_reset", summary(found)
+    assert found.trials[0].plan["conditions"]["min_scale"] == 2.0**-12
+    assert found.remedy in ("scaler_reset", *RANGE), summary(found)
+    assert outcomes[-1].committed
+    assert scaler.get_scale() >= 2.0**-12
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
 @pytest.mark.parametrize("foreach", [True, False])

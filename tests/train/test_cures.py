@@ -78,8 +78,12 @@ def test_a_bad_row_is_left_out_for_good_and_nothing_else_is(sides: Sides, name: 
     healthy(ours)
     assert 1 <= len(ours.story) <= len(ours.planted.where)
     for incident in ours.story:
-        assert incident["code"] == "DAT401"
-        assert incident["where"] in ours.planted.where
+        # The row's weight is the data's fault; a gradient that a module makes NaN from sound numbers is the module's.
+        if name == "inf loss weight":
+            assert (incident["code"], incident["where"] in ours.planted.where) == ("DAT401", True)
+        else:
+            assert incident["code"] in ("NUM403", "NUM405")
+            assert incident["where"] in ours.planted.says
         assert incident["remedy"] == "skip_rows"
     assert percent(ours, clean) < 1.0
 

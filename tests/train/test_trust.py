@@ -55,6 +55,7 @@ BAD_STATES: dict[str, dict[str, Any]] = {
 
 NOT_OF_THE_STATE = {
     "nothing_to_train": "it judges the batch",
+    "replaced_loss": "it judges the loss function; the state is as good as it was",
     "gradient_ramp": "it tells what may come",
     "headroom_trend": "it tells what may come; headroom tells when it has",
     "scale_trajectory": "it judges the scale; the weights are finite",

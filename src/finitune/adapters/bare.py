@@ -13,37 +13,35 @@ again finds them, and afterwards the generators stand where the loop left them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finitune.adapters import bare_batch
-from finitune.adapters.bare_asked import BareBatches, Loop
+from finitune.adapters.bare_asked import Loop
 from finitune.adapters.bare_compute import (
     SideEffects,
     clip_adaptively,
     clip_to,
     loss_of,
-    moving_buffers,
     rates_under,
     refuse_sparse,
     set_rate,
 )
 from finitune.adapters.bare_facts import facts_of, half_max_of
 from finitune.adapters.bare_held import Held, HeldBatches, Numbered
-from finitune.adapters.bare_record import BareState, conditions_of
-from finitune.adapters.bare_scale import Scaling
-from finitune.adapters.bare_state import OptimizerState, restore_scheduler, scheduler_record, trained
+from finitune.adapters.bare_look import Looks
+from finitune.adapters.bare_training import BareTraining
 from finitune.adapters.codes import LOSS_CHANGES_MODEL, QUARANTINED_BATCH
 from finitune.core.types import Finding, Reading
-from finitune.engine.conditions import AS_CONFIGURED, Conditions, NotPossible
+from finitune.engine.conditions import NotPossible
 from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import WHOLE, Ask, Capability, Trace
-from finitune.engine.realise import Realiser, check_clipper, clip_norm, learning_rate
-from finitune.engine.snapshot import copy_over, is_out_of_memory
+from finitune.engine.realise import clip_norm, learning_rate
+from finitune.engine.snapshot import is_out_of_memory
 from finitune.numerics.norms import tensor_norms
 from finitune.numerics.probe import movement, sample
 from finitune.numerics.seeds import GeneratorStates
@@ -55,7 +53,7 @@ MOST_IN_A_ROW = 17
 """From the usual 2**16 so many halvings lead to 1/2: an overflow after that is not the start of a run any more."""
 
 
-class BarePort(BareBatches):
+class BarePort(BareTraining):
     """A bare loop as a :class:`finitune.engine.port.ReplayPort`."""
 
     def __init__(self, loop: Loop, held: HeldBatches, monitor: Monitor | None = None) -> None:
@@ -63,36 +61,14 @@ class BarePort(BareBatches):
         self.monitor = monitor
         self.findings: list[Finding] = []
         """Found by the port itself; whoever reads them takes them away."""
-        self.realiser = Realiser(loop.model, loop.optimizer)
-        self.scaling = Scaling(loop.scaler)
-        named = trained(loop.model, loop.optimizer)
-        self._optimizer_state = OptimizerState(loop.optimizer, named)
-        self._parameters = tuple((n, p) for n, p in named if p.requires_grad)
-        self._moving = moving_buffers(loop.model)
-        self._moving_before: list[Tensor] = []
-        self._norms_P: Tensor | None = None
-        """Of the gradients at hand, the loss scale in them."""
+        self.looks: Looks | None = None
+        """Looks at the first computation, where somebody wants that."""
         self._effects: SideEffects | None = SideEffects(loop.model)
-        self._in_force: Conditions = AS_CONFIGURED
 
     def capabilities(self) -> frozenset[Capability]:
         """All; without replay and rollback once the loss function was seen changing the model."""
         without = () if self._effects is not None else (Capability.REPLAY, Capability.ROLLBACK)
         return frozenset(Capability) - frozenset(without)
-
-    # -- conditions -------------------------------------------------------------------------------------------
-
-    def adopt(self, conditions: Conditions) -> None:
-        """Bring conditions into force from the next computation on. Raises NotPossible with nothing changed."""
-        self._bring(conditions)
-        self.state.conditions = AS_CONFIGURED if conditions == AS_CONFIGURED else conditions
-
-    def _bring(self, conditions: Conditions) -> None:
-        if conditions == self._in_force:
-            return
-        check_clipper(conditions)
-        self.realiser.adopt(conditions)
-        self._in_force = conditions
 
     @property
     def lr(self) -> float:
@@ -122,6 +98,15 @@ class BarePort(BareBatches):
     def max_grad_norm(self) -> float | None:
         """What gradients are clipped to."""
         return clip_norm(self.loop.max_grad_norm, self.conditions)
+
+    @property
+    def replayable(self) -> bool:
+        """The loss function was not seen changing the model."""
+        return self._effects is not None
+
+    def give_up_replay(self) -> None:
+        """The loss function is known to change the model."""
+        self._effects = None
 
     # -- a step -----------------------------------------------------------------------------------------------
 
@@ -198,15 +183,25 @@ class BarePort(BareBatches):
         """The computation, with an eye on what it does to the model."""
         effects = self._effects
         if effects is None:
-            return self._computed(held, numbered, first=first)
+            return self._looked_at(held, numbered, first=first)
         counts, sums = effects.counts(), None if first else effects.sums_once()
-        loss = self._computed(held, numbered, first=first)
+        loss = self._looked_at(held, numbered, first=first)
         changed = effects.changed_since(counts) or (effects.differing(sums) if sums is not None else [])
         if changed:
             self._effects = None
             self.findings.append(
                 LOSS_CHANGES_MODEL.find(changed[0], step=held.step, name=changed[0], count=len(changed))
             )
+        return loss
+
+    def _looked_at(self, held: Held, numbered: Numbered, *, first: bool) -> Tensor:
+        """The computation; the first of all is looked at."""
+        if self.looks is None or not self.looks.wants_pass:
+            return self._computed(held, numbered, first=first)
+        loss, found = self.looks.computed(
+            lambda: self._computed(held, numbered, first=first), self._parameters, self.loss_scale
+        )
+        self.findings += found
         return loss
 
     def _computed(self, held: Held, numbered: Numbered, *, first: bool) -> Tensor:
@@ -218,7 +213,7 @@ class BarePort(BareBatches):
             elif place == 0 or micro < len(held.states):
                 held.states[min(micro, len(held.states) - 1)].restore()
             with self.realiser.forward():
-                loss = loss_of(self.loop.loss_fn(self.model, batch), micro)
+                loss = self._loss(batch, micro)
                 part = loss / len(numbered) if len(numbered) > 1 else loss
                 self.scaling.scaled(part, self.conditions).backward()  # type: ignore[no-untyped-call]
             value = loss.detach().float()
@@ -227,6 +222,10 @@ class BarePort(BareBatches):
             held.after = GeneratorStates.now()
         assert total is not None
         return total / len(numbered) if len(numbered) > 1 else total
+
+    def _loss(self, batch: Any, micro: int) -> Tensor:
+        """The loss of one micro-batch, (), with its graph."""
+        return loss_of(self.loop.loss_fn(self.model, batch), micro)
 
     def _empty(self, held: Held, left_out: int) -> Trace:
         """A batch of which every row is in quarantine."""
@@ -264,6 +263,7 @@ class BarePort(BareBatches):
         state.movement = movement(before, sample(weights)) if before is not None else None
         state.committed(reading)
         self._moving_before = []
+        self.optimizer.zero_grad(set_to_none=True)
         self._drop_gradients()
 
     def _clip(self, reading: Reading) -> None:
@@ -277,21 +277,7 @@ class BarePort(BareBatches):
             return
         with_gradient = [p for _, p in self._parameters if p.grad is not None]
         if limit is not None and with_gradient:
-            clip_to(with_gradient, norms_P, limit)
-
-    @torch.no_grad()
-    def abort(self) -> None:
-        """Drop the gradients, and put back the running statistics that the forward pass has moved."""
-        self._drop_gradients()
-        if self._moving_before:
-            torch._foreach_copy_([b for _, b in self._moving], self._moving_before)
-            self._moving_before = []
-
-    def _drop_gradients(self) -> None:
-        self._norms_P = None
-        self.optimizer.zero_grad(set_to_none=True)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+            clip_to(with_gradient, norms_P, limit, reading.grad_norm)
 
     def settle(self, action: Action, reading: Reading, *, clean: bool) -> None:
         """After an abort everything is as it was; what changes here is a decision of its own."""
@@ -324,15 +310,7 @@ class BarePort(BareBatches):
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             self.loop.scheduler.step()
 
-    # -- the state --------------------------------------------------------------------------------------------
-
-    def parameters(self) -> Sequence[tuple[str, nn.Parameter]]:
-        """Trainable parameters that the optimizer holds, by name."""
-        return self._parameters
-
-    def origin(self, name: str) -> Tensor | None:  # noqa: ARG002
-        """Nothing is kept of the model that training began from."""
-        return None
+    # -- what is known of it ------------------------------------------------------------------------------------
 
     def facts(self) -> Mapping[str, Any]:
         """What the step at hand runs under."""
@@ -346,42 +324,8 @@ class BarePort(BareBatches):
             found |= {"width_tokens": 0, "num_units": 0}
         return found | rate
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Trainable weights, running statistics, then everything the optimizer holds."""
-        yield from self._parameters
-        yield from self._moving
-        yield from self._optimizer_state.tensors().items()
-
-    def state_record(self) -> dict[str, Any]:
-        """The state that is not tensors."""
-        return self.state.record() | {
-            "optimizer": self._optimizer_state.record(),
-            "scheduler": scheduler_record(self.loop.scheduler),
-            "scaler": self.scaling.record(),
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-        """See :class:`finitune.engine.port.Port`. Nothing is changed where the tensors do not fit."""
-        own = dict([*self._parameters, *self._moving])
-        moments = {name: tensor for name, tensor in tensors.items() if name not in own}
-        BareState().load(record)
-        self._optimizer_state.check(moments, record["optimizer"])
-        was = self._in_force
-        self.abort()
-        self._bring(conditions_of(record))
-        try:
-            copy_over({name: tensor for name, tensor in tensors.items() if name in own}, own)
-        except BaseException:
-            self._bring(was)
-            raise
-        self._optimizer_state.restore(moments, record["optimizer"])
-        restore_scheduler(self.loop.scheduler, record["scheduler"])
-        self.scaling.load(record["scaler"])
-        self.state.load(record)
-
     def close(self) -> None:
         """Take all conditions back and remove every hook."""
-        self.abort()
-        self.realiser.close()
+        super().close()
         if self.monitor is not None:
             self.monitor.close()

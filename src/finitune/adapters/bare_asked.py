@@ -64,6 +64,11 @@ class BareBatches:
         held.rates = tuple(r.detach().clone() if isinstance(r, Tensor) else r for r in rates)
         self.replayed = False
 
+    @property
+    def oldest_step(self) -> int:
+        """The first step whose batch is still held."""
+        return self.held.oldest
+
     def begin_turn(self) -> None:
         """A transaction begins."""
         self.loss_of_turn = None

@@ -68,14 +68,20 @@ def _is_named_tuple(nest: Any) -> bool:
 
 def mapped(change: Callable[[str, Any], Any], nest: Any, name: str = "") -> Any:
     """A nest of the same kind with ``change(path, leaf)`` in the place of every leaf."""
-    parts = _parts(nest) if is_container(nest) else None
+    parts = members(nest)
     if parts is None:
         return change(name, nest)
     new = {key: mapped(change, part, f"{name}.{key}" if name else str(key)) for key, part in parts}
-    return _rebuilt(nest, new)
+    return rebuilt(nest, new)
 
 
-def _rebuilt(nest: Any, new: dict[Any, Any]) -> Any:
+def members(nest: Any) -> list[tuple[Any, Any]] | None:
+    """Keys and parts of a container; None for what is none."""
+    return _parts(nest) if is_container(nest) else None
+
+
+def rebuilt(nest: Any, new: dict[Any, Any]) -> Any:
+    """A container of the same kind with other parts, by the same keys."""
     if type(nest) is dict:
         return new
     if isinstance(nest, Mapping):
@@ -88,6 +94,16 @@ def _rebuilt(nest: Any, new: dict[Any, Any]) -> Any:
     if isinstance(nest, list | tuple):
         return type(nest)(new.values())
     return dataclasses.replace(nest, **new)
+
+
+def plain(nest: Any) -> Any:
+    """The same with dicts in the place of named tuples, dataclasses and mappings of other kinds; the rest as it is."""
+    parts = members(nest)
+    if parts is None:
+        return nest
+    if type(nest) in (list, tuple):
+        return type(nest)(plain(part) for _, part in parts)
+    return {key: plain(part) for key, part in parts}
 
 
 def tensors(nest: Any) -> list[Tensor]:
@@ -159,7 +175,7 @@ def picked(nest: Any, rows: Sequence[int], split_rows: SplitRows | None = None) 
 def _lists_picked(nest: Any, rows: Sequence[int], count: int) -> Any:
     """Lists of plain values, one for each row (names, texts), go with their rows."""
     if isinstance(nest, Mapping):
-        return _rebuilt(nest, {k: _lists_picked(v, rows, count) for k, v in nest.items()})
+        return rebuilt(nest, {k: _lists_picked(v, rows, count) for k, v in nest.items()})
     if isinstance(nest, list) and len(nest) == count and all(isinstance(x, _PLAIN) for x in nest):
         return [nest[i] for i in rows]
     return nest

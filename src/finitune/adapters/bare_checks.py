@@ -13,8 +13,10 @@ from torch import nn
 from finitune.adapters.bare_asked import Loop
 from finitune.adapters.codes import BAD_ARGUMENT, CLOSURE_OPTIMIZER
 from finitune.core.errors import UserError, raise_all
+from finitune.engine.capsule import ROWS
 
 POLICIES = ("auto", "safe", "observe")
+_WEIGHTS = ("auto", "full", "lora", "digest")
 
 
 def check(
@@ -23,6 +25,7 @@ def check(
     watch: Sequence[str] | None,
     limits: Mapping[str, float],
     memory_share: float,
+    capsule: tuple[str, str] = ("full", "auto"),
 ) -> None:
     """Raise UserError, or UserErrors, for a loop that cannot be guarded."""
     raise_all(
@@ -32,6 +35,7 @@ def check(
             *_scaler(loop),
             *_watch(loop, watch),
             *_limits(limits, memory_share),
+            *_capsule(*capsule),
         ]
     )
 
@@ -63,6 +67,16 @@ def _limits(limits: Mapping[str, float], memory_share: float) -> Iterator[UserEr
             yield _bad(name, f"{value} is less than nothing", "give a number from 0")
     if not 0 <= memory_share <= 1:
         yield _bad("memory_share", f"{memory_share} is no share", "give a number from 0 to 1")
+
+
+def _capsule(rows: str, weights: str) -> Iterator[UserError]:
+    if rows not in ROWS:
+        yield _bad("capsule_rows", f"{rows!r} is not known", f"choose one of {', '.join(ROWS)}")
+    if weights not in _WEIGHTS:
+        problem = f"{weights!r} is not known"
+        if weights == "delta":
+            problem = "the weights that training began from, which a delta is a difference to, are not kept by a guard"
+        yield _bad("capsule_weights", problem, f"choose one of {', '.join(_WEIGHTS)}")
 
 
 def _can_step(scheduler: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,10 @@ from finitune.numerics.norms import tensor_norms
 
 # A sum over the batch that batch norm keeps is part of the training state, and every forward in training moves it.
 _MOVING = ("running_mean", "running_var", "num_batches_tracked")
+_CLIP_EPS = 1e-6
+"""torch.nn.utils.clip_grad_norm_ multiplies by min(1, max_norm / (norm + 1e-6))."""
+_SURELY = 1.001
+"""Sums in another order, or with the loss scale in them, differ by far less."""
 
 
 def loss_of(given: Any, micro: int) -> Tensor:
@@ -48,16 +53,20 @@ def refuse_sparse(parameters: Sequence[tuple[str, nn.Parameter]]) -> None:
 
 
 @torch.no_grad()
-def clip_to(gradients: Sequence[nn.Parameter], norms_P: Tensor | None, max_norm: float) -> None:
+def clip_to(gradients: Sequence[nn.Parameter], norms_P: Tensor | None, max_norm: float, norm: float = math.inf) -> None:
     """Clip as ``torch.nn.utils.clip_grad_norm_`` does, to the bit.
 
     Args:
         gradients: parameters with a gradient, in the model's order.
         norms_P: norms that are known already (P,); None: the gradients have been changed since.
         max_norm: limit.
+        norm: of all of them as the host has read it, the loss scale divided out. Well under the limit the factor is
+            clamped to exactly 1, and there is nothing to be multiplied.
     """
     grads = [p.grad for p in gradients if p.grad is not None]
     plain = all(g.dtype == torch.float32 and g.device == grads[0].device for g in grads)
+    if plain and norm * _SURELY + _CLIP_EPS < max_norm:
+        return
     if norms_P is None or not plain:
         torch.nn.utils.clip_grad_norm_(gradients, max_norm)
         return
@@ -125,9 +134,10 @@ class SideEffects:
     checksums, of which the first replay is asked.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, buffers: bool = True) -> None:
+        """``buffers`` False: they are left out; DistributedDataParallel writes them anew before every forward."""
         moving = {id(b) for _, b in moving_buffers(model)}
-        named = [*model.named_parameters(), *model.named_buffers()]
+        named = [*model.named_parameters(), *(model.named_buffers() if buffers else ())]
         self._tensors = [(n, t) for n, t in named if id(t) not in moving and not t.is_inference()]
         self._checked = False
 

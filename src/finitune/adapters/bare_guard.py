@@ -12,15 +12,12 @@ A failure is replayed, its cause found by experiment, a cure proved and applied;
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -28,59 +25,32 @@ from finitune.adapters.bare import BarePort
 from finitune.adapters.bare_asked import Loop, LossFn
 from finitune.adapters.bare_batch import SplitRows
 from finitune.adapters.bare_checks import check
-from finitune.adapters.bare_compute import is_writer, watched
-from finitune.adapters.bare_held import HeldBatches, RowNames
+from finitune.adapters.bare_held import HeldBatches, RowNames, micros_of
 from finitune.adapters.bare_keep import Keep
-from finitune.adapters.codes import BAD_AT_START, CLOSED, NO_PLACE_FOR_STATES
+from finitune.adapters.bare_look import Looks
+from finitune.adapters.bare_loop import LoopGuard
+from finitune.adapters.bare_memory import Room
+from finitune.adapters.bare_monitor import monitor_of
+from finitune.adapters.bare_outcome import BareSettings, StepOutcome, at_start, exact_loss, known_of
+from finitune.adapters.bare_resume import Arrival, saved_state, taken_over
+from finitune.adapters.codes import CLOSED
+from finitune.adapters.ranks import inner_of
+from finitune.adapters.ranks_lead import RanksGuard
+from finitune.adapters.ranks_team import Pace, Team, calling
 from finitune.core.errors import Halted, UserError
-from finitune.core.incident import Incident, Trigger
-from finitune.core.types import Finding, Judgement, Reading, Severity
-from finitune.core.units import bytes_text
+from finitune.core.incident import Incident
+from finitune.core.types import Finding, Severity
+from finitune.engine.capsule import CapsuleOptions
 from finitune.engine.codes import TOO_MANY_ABORTS
-from finitune.engine.conditions import NotPossible
-from finitune.engine.guard import Guard, GuardSettings, Hooks, Turn
+from finitune.engine.conditions import Conditions, NotPossible
+from finitune.engine.guard import GuardSettings, Hooks, Turn
 from finitune.engine.judge import Judge
-from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, Policy
-from finitune.engine.snapshot import SnapshotRing, state_bytes
-from finitune.engine.step import Outcome
+from finitune.engine.snapshot import SnapshotRing
 from finitune.engine.timeline import Timeline
-from finitune.engine.treatment import Treatment
 
 _LOG = logging.getLogger("finitune")
-# Adam holds two moments of the weights' size, which are not there before the first update.
-_STATE_PER_WEIGHT = 3
-_MOST_WATCHED = 200
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutcome:
-    """What became of one batch."""
-
-    loss: float
-    """Mean loss of the batch; NaN or inf where it was that."""
-    committed: bool
-    """The batch changed the weights."""
-    action: Action
-    findings: tuple[Finding, ...]
-    """Everything that was found on the way, in order."""
-    incident: Incident | None
-    """The last failure that was investigated."""
-    reading: Reading
-    """All numbers of the step."""
-
-
-@dataclass(frozen=True, slots=True)
-class BareSettings:
-    """Limits that hardly anybody needs to change."""
-
-    guard: GuardSettings = field(default_factory=GuardSettings)
-    max_aborts_in_a_row: int = 8
-    detectors: Mapping[str, Mapping[str, Any] | bool] = field(default_factory=dict)
-    """By detector: fields of its Config, or False."""
-    max_snapshots: int = 8
-    memory_share: float = 0.25
-    """Of the free memory, for snapshots of the training state."""
+_LEVELS = {Severity.NOTE: logging.INFO, Severity.WARNING: logging.WARNING, Severity.ERROR: logging.ERROR}
 
 
 def guard(  # noqa: PLR0913 (the names are the interface)
@@ -100,6 +70,10 @@ def guard(  # noqa: PLR0913 (the names are the interface)
     probation_steps: int = 20,
     act_on_forecast: bool = False,
     memory_share: float = 0.25,
+    capsule_rows: str = "full",
+    capsule_weights: str = "auto",
+    check_accumulation: bool = False,
+    ranks: Any = None,
 ) -> BareGuard:
     """Guard a PyTorch loop.
 
@@ -119,41 +93,26 @@ def guard(  # noqa: PLR0913 (the names are the interface)
         probation_steps: steps after which a temporary cure is taken back for a try.
         act_on_forecast: also act on what has not failed yet.
         memory_share: of the free memory, for copies of weights and optimizer state.
+        capsule_rows: "full", or "ids": capsules hold no data, only the names of rows, and cannot be replayed.
+        capsule_weights: "full", "lora" (what is trained, with moments), "digest", or "auto": "lora" up to 256 MiB.
+        check_accumulation: compute a first step of several micro-batches once more before it is trained on, to see
+            whether its gradient depends on how it is cut (loss_fn is called more often then; one process only).
+        ranks: the process group that the script trains on; by default that of DistributedDataParallel, or the default
+            group where one is initialised. All ranks then take every decision together; each keeps its journal, those
+            after rank 0 in run_dir/rank_N. False: this process alone.
 
     Raises UserError or UserErrors where these do not fit together.
     """
-    loop = Loop(model, optimizer, loss_fn, scheduler, scaler, max_grad_norm)
+    loop = Loop(inner_of(model), optimizer, calling(model, loss_fn), scheduler, scaler, max_grad_norm)
     limits = {"max_replays": max_replays, "probation_steps": probation_steps}
-    check(loop, policy, watch, limits, memory_share)
+    check(loop, policy, watch, limits, memory_share, (capsule_rows, capsule_weights))
     rules = GuardSettings(policy, max_replays, probation_steps=probation_steps, act_on_forecast=act_on_forecast)
     held = HeldBatches(split_rows, row_ids)
-    return BareGuard(loop, held, run_dir, watch, BareSettings(rules, memory_share=memory_share))
-
-
-class _LoopGuard(Guard):
-    """A batch whose gradients overflow under a loss scale is no failure where a plain loop would just go on."""
-
-    port: BarePort
-
-    def _close(self, turn: Turn) -> None:
-        self._as_plain(turn)
-        super()._close(turn)
-
-    def _incident(self, turn: Turn, trigger: Trigger, treatment: Treatment) -> Turn:
-        if self._as_plain(turn):
-            super()._close(turn)
-            return turn
-        return super()._incident(turn, trigger, treatment)
-
-    def _as_plain(self, turn: Turn) -> bool:
-        """Whether the turn is such a one; it is a note then, and the batch is given up."""
-        was = turn.outcome
-        if was.committed or turn.action is Action.TREAT or not self.port.benign_overflow(was.reading):
-            return False
-        notes = tuple(replace(f, severity=Severity.NOTE) for f in was.judgement.findings)
-        turn.outcome = Outcome(was.reading, Judgement(was.judgement.verdict, notes), was.rows)
-        turn.action = Action.SKIP_BATCH
-        return True
+    capsule = CapsuleOptions(capsule_rows, capsule_weights)
+    team = Team.of(model, ranks)
+    cut = check_accumulation and team is None  # how often it computes hangs on the batch: ranks would part
+    settings = BareSettings(rules, memory_share=memory_share, capsule=capsule, check_accumulation=cut)
+    return BareGuard(loop, held, run_dir if team is None else team.folder(run_dir), watch, settings, team)
 
 
 class BareGuard:
@@ -166,24 +125,30 @@ class BareGuard:
         run_dir: str | Path | None = None,
         watch: Sequence[str] | None = None,
         settings: BareSettings | None = None,
+        team: Team | None = None,
     ) -> None:
-        """See :func:`guard`, which checks what is handed over."""
+        """See :func:`guard`, which checks what is handed over. ``team``: of several ranks."""
         limits = self.settings = settings or BareSettings()
-        self.port = BarePort(loop, held, _monitor(loop.model, watch))
-        self.keep = Keep(self.port, None if run_dir is None else Path(run_dir))
-        self.ring, finding = _ring(self.port, limits)
-        self._findings = [finding] if finding is not None else []
-        timeline = Timeline(self.port, self.keep.records, self.ring, journal=self.keep.place)
+        monitor = monitor_of(loop.model, watch)
+        self.port = BarePort(loop, held, monitor) if team is None else team.port(loop, held, monitor)
+        self.keep = Keep(self.port, None if run_dir is None else Path(run_dir), limits.capsule)
+        self.room = Room(self.port, limits.memory_share, limits.max_snapshots)
+        self.findings: list[Finding] = []
+        """Everything that was found so far outside of the detectors, oldest first; also where the run then halted."""
+        self._untold: list[Finding] = []
+        timeline = Timeline(self.port, self.keep.records, self.room.ring, journal=self.keep.place)
         hooks = Hooks(record=self.keep.record, told=self._told, keep=self.keep.capsule)
-        judge = Judge.of({**_known_of(loop.model), **limits.detectors})
-        self.engine = _LoopGuard(self.port, judge, Policy(limits.max_aborts_in_a_row), timeline, hooks, limits.guard)
-        bad = sorted(self.engine.bad_from_start)
-        if bad:
-            self._findings.append(BAD_AT_START.find(bad[0], count=len(bad), first=bad[0]))
+        judge = Judge.of({**known_of(loop.model), **limits.detectors})
+        kind = LoopGuard if team is None else RanksGuard
+        self.engine = kind(self.port, judge, Policy(limits.max_aborts_in_a_row), timeline, hooks, limits.guard)
+        self.pace = None if team is None else Pace(self.port, self.room.ring)
+        self.looks = self.port.looks = Looks(loop, check_accumulation=limits.check_accumulation)
+        self._note(at_start(self.room, self.looks, self.engine.bad_from_start))
         self.incidents: list[Incident] = []
         """Closed incidents, oldest first."""
         self._halted: Halted | None = None
         self._closed = False
+        self._arrival: Arrival | None = None
         self._time_s, self._num_turns = 0.0, 0
 
     def step(self, batch: Any) -> StepOutcome:
@@ -198,6 +163,10 @@ class BareGuard:
         self._check_open()
         if isinstance(batch, list) and not batch:
             raise UserError(CLOSED, what="an empty list")
+        if self._arrival is not None:
+            self._note(self._arrival.finish(self, batch))
+            self._arrival = None
+        self._note(self.looks.batch(micros_of(batch), self.port.parameters()))
         self.port.push(batch)
         newest, turns = self.port.newest_step, list[Turn]()
         loss: torch.Tensor | None = None
@@ -209,7 +178,17 @@ class BareGuard:
                 self._stop_where_due(turns[-1])
         finally:
             self.port.generators_on()
+            self._note(self.port.findings)
+            self.port.findings.clear()
         return self._outcome(turns, loss)
+
+    def _note(self, findings: Iterable[Finding]) -> None:
+        """Keep, record and log what was found; the next outcome tells it."""
+        for finding in findings:
+            self.findings.append(finding)
+            self._untold.append(finding)
+            self.keep.record("finding", **finding.to_json())
+            _LOG.log(_LEVELS[finding.severity], "%s %s", finding.code, finding.where)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -238,15 +217,23 @@ class BareGuard:
 
     def _snapshot(self) -> None:
         """Take the snapshot that is due; also one where the held batches would no longer reach from the last one."""
-        step, held = self.port.state.step, self.port.held
-        for useless in [s for s in self.ring.taken if s.step < held.oldest - 1]:
-            self.ring.forget(useless)  # the batches that would lead on from it are gone
-        far = bool(self.ring.taken) and step - self.ring.taken[-1].step >= max(1, held.max_count // 2)
-        if not (self.ring.due(step) or (far and self.ring.num_slots)):
+        step, held, ring = self.port.state.step, self.port.held, self.room.ring
+        if self.pace is not None:
+            self.pace.keep()
+        for useless in [s for s in ring.taken if s.step < self.port.oldest_step - 1]:
+            ring.forget(useless)  # the batches that would lead on from it are gone
+        far = bool(ring.taken) and step - ring.taken[-1].step >= max(1, held.max_count // 2)
+        if not (ring.due(step) or (far and ring.num_slots)):
             return
+        found = self.room.measured()
+        if self.pace is not None:
+            self.pace.agree()
         mean_s = self._time_s / self._num_turns if self._num_turns else 0.0
-        if self.ring.take(self.port, mean_s) is None and self.ring.num_slots == 0:
-            self._findings.append(_no_snapshots(state_bytes(self.port), 0, self.settings.memory_share))
+        if ring.num_slots and ring.take(self.port, mean_s) is None:
+            found = self.room.missing()
+        if self.pace is not None:
+            self.pace.taken()
+        self._note([found] if found is not None else [])
 
     def _stop_where_due(self, turn: Turn) -> None:
         if turn.halt is not None:
@@ -274,13 +261,10 @@ class BareGuard:
     def _outcome(self, turns: Sequence[Turn], loss: torch.Tensor | None) -> StepOutcome:
         last = turns[-1]
         found = [f for turn in turns for f in turn.outcome.judgement.findings]
-        mine, self._findings = [*self._findings, *self.port.findings], []
-        self.port.findings.clear()
-        for finding in mine:
-            self.keep.record("finding", **finding.to_json())
+        mine, self._untold = self._untold, []
         incidents = [t.incident for t in turns if t.incident is not None]
         return StepOutcome(
-            loss=_exact(loss, last.outcome.reading),
+            loss=exact_loss(loss, last.outcome.reading),
             committed=last.action is Action.PROCEED,
             action=last.action,
             findings=(*mine, *found),
@@ -302,6 +286,73 @@ class BareGuard:
             incident.remedy or "no remedy",
         )
 
+    # -- saved with the script, and taken over -------------------------------------------------------------------
+
+    def state_dict(self, *, history: str = "full") -> dict[str, torch.Tensor]:
+        """What the script saves next to model, optimizer, scheduler and scaler, between two steps; tensors only.
+
+        Counters, statistics, incidents, cures in force and in probation, rows in quarantine, the states of the random
+        generators, and of what was before:
+
+        Args:
+            history: "full": the newest batches (up to 256 MiB) and one snapshot of weights and optimizer state from
+                before them, so that an incident after the resume ends as in a run that never stopped; "batches":
+                without the snapshot, a third of the size: no going back past this moment; "none".
+
+        Raises UserError SYS429 once closed.
+        """
+        if self._closed:
+            raise UserError(CLOSED, what="the guard being closed (guard.state_dict: save it before)")
+        return saved_state(self, history)
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor], *, generators: str = "next_step") -> None:
+        """Go on as the guard whose state this is; load model, optimizer, scheduler and scaler before it.
+
+        Args:
+            state: what :meth:`state_dict` gave, from any device.
+            generators: when the global random generators are put back: "next_step" right before the next step is
+                computed (what a loader draws in between does not count), "now", or "keep": never.
+
+        The first step then says (SYS431) where weights, moments, schedule or scale are not those of that moment.
+
+        Raises UserError: SYS430 for what is no such state, with nothing changed; SYS429 once closed.
+        """
+        if self._closed:
+            raise UserError(CLOSED, what="the guard being closed (guard.load_state_dict)")
+        self._arrival = taken_over(self, state, generators)
+        self._halted = None
+
+    @property
+    def untold(self) -> Sequence[Finding]:
+        """Findings that no outcome has told yet, as after a first step that halted."""
+        return tuple(self._untold)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that are used up: a loop that goes on passes over so many."""
+        return self.port.state.step
+
+    @property
+    def ring(self) -> SnapshotRing:
+        """The snapshots in memory."""
+        return self.room.ring
+
+    @property
+    def conditions(self) -> Conditions:
+        """The cures in force."""
+        return self.port.conditions
+
+    def __repr__(self) -> str:
+        state, cures = self.port.state, self.conditions.to_json()
+        told = [f"{state.step} batches", f"{state.updates} updates", f"{len(self.incidents)} incidents"]
+        told += [f"policy {self.settings.guard.policy}", *([f"cures {cures}"] if cures else [])]
+        return f"<BareGuard: {', '.join(told)}{', closed' if self._closed else ''}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a guard holds hooks, a model and a journal, and cannot be copied or pickled: save state_dict()"
+        )
+
     def close(self) -> None:
         """Take all conditions back, remove every hook, close the journal. A second call does nothing."""
         if not self._closed:
@@ -318,38 +369,3 @@ class BareGuard:
     ) -> None:
         """Close it."""
         self.close()
-
-
-def _known_of(model: nn.Module) -> dict[str, Mapping[str, Any]]:
-    """Settings of detectors that follow from the model: the loss of guessing among the tokens of its vocabulary."""
-    size = getattr(getattr(model, "config", None), "vocab_size", None)
-    return {"runaway": {"guess_loss": math.log(size)}} if isinstance(size, int) and size > 1 else {}
-
-
-def _exact(loss: torch.Tensor | None, reading: Reading) -> float:
-    """The loss to the bit; a Reading has gone through a sum over tokens, and has 0 where nothing is supervised."""
-    if loss is None:
-        return reading.loss
-    exact = float(loss)
-    same = math.isclose(exact, reading.loss, rel_tol=1e-5) or not (math.isfinite(exact) or math.isfinite(reading.loss))
-    return exact if same or reading.supervised_tokens == 0 else reading.loss
-
-
-def _monitor(model: nn.Module, watch: Sequence[str] | None) -> Monitor | None:
-    """None where nothing is watched, or where hooks would break compiled code apart."""
-    if any(type(m).__name__ == "OptimizedModule" or m._compiled_call_impl is not None for m in model.modules()):
-        return None
-    modules = watched(model, watch)
-    inputs = [(n, m) for n, m in modules if is_writer(n)]
-    return Monitor(modules[:_MOST_WATCHED], inputs[:_MOST_WATCHED]) if modules else None
-
-
-def _ring(port: BarePort, settings: BareSettings) -> tuple[SnapshotRing, Finding | None]:
-    size = state_bytes(port) * _STATE_PER_WEIGHT
-    budget = int(psutil.virtual_memory().available * settings.memory_share)
-    ring = SnapshotRing.within(budget, size, max_count=settings.max_snapshots)
-    return ring, None if ring.num_slots else _no_snapshots(size, budget, settings.memory_share)
-
-
-def _no_snapshots(needed: int, budget: int, share: float) -> Finding:
-    return NO_PLACE_FOR_STATES.find("", needed=bytes_text(needed), budget=bytes_text(budget), share=share)

@@ -72,20 +72,41 @@ class HeldBatches:
         self.max_count, self.max_bytes = max_count, max_bytes
         self.newest = 0
         """Step of the newest batch."""
+        self.next_row = 0
+        """Rows of the run so far."""
         self._held: dict[int, Held] = {}
 
     def push(self, batch: Any) -> Held:
         """The next batch: a nest, or a list of micro-batches. Older ones give way."""
-        micros = micros_of(batch)
-        before = self._held.get(self.newest)
-        first_row = before.first_row + before.num_rows if before is not None else 0
-        counts = [_rows_or_none(m) or 0 for m in micros]
+        return self.put(micros_of(batch))
+
+    def put(self, micros: tuple[Any, ...]) -> Held:
+        """The same, taken apart already."""
+        num_rows = sum(_rows_or_none(m) or 0 for m in micros)
         size = sum(map(bare_batch.num_bytes, micros))
         self.newest += 1
-        held = Held(self.newest, micros, first_row, sum(counts), size, versions_of(micros))
+        held = Held(self.newest, micros, self.next_row, num_rows, size, versions_of(micros))
+        self.next_row += num_rows
         self._held[self.newest] = held
         self._make_room()
         return held
+
+    def go_on_after(self, step: int, next_row: int = 0, before: Sequence[Held] = ()) -> None:
+        """The next batch is that of the step after ``step``; of those before only these are held."""
+        self._held = {held.step: held for held in before}
+        self.newest, self.next_row = step, next_row
+        self._make_room()
+
+    def recast(self, change: Callable[[Any], Any]) -> None:
+        """Change every micro-batch; from one on that cannot be changed (NotPossible), older ones are given up."""
+        for step in sorted(self._held, reverse=True):
+            held = self._held[step]
+            try:
+                held.micros = tuple(change(m) for m in held.micros)
+            except NotPossible:
+                self._held = {s: h for s, h in self._held.items() if s > step}
+                return
+            held.versions = versions_of(held.micros)
 
     @property
     def oldest(self) -> int:
@@ -94,7 +115,8 @@ class HeldBatches:
 
     def withdraw(self) -> None:
         """Forget the newest batch: it never came."""
-        self._held.pop(self.newest, None)
+        gone = self._held.pop(self.newest, None)
+        self.next_row -= gone.num_rows if gone is not None else 0
         self.newest -= 1
 
     def _make_room(self) -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from finitune.adapters.bare import BarePort
+from finitune.adapters.bare_capsule import with_script
 from finitune.core.errors import Halted
 from finitune.core.incident import Incident
 from finitune.core.journal import Journal
-from finitune.engine.capsule import FOLDER, incident_folder, write_capsule, write_incident
+from finitune.engine.capsule import FOLDER, CapsuleOptions, incident_folder, write_capsule, write_incident
 from finitune.engine.capture import capture
 from finitune.engine.case import Case
 from finitune.engine.codes import JOURNAL_LOST
@@ -30,8 +31,9 @@ _OF_A_STEP = ("attempt", "step", "loss", "grad_norm", "lr", "loss_scale", "verdi
 class Keep:
     """Records and files of one guarded loop."""
 
-    def __init__(self, port: BarePort, run_dir: Path | None) -> None:
-        self.port, self.run_dir = port, run_dir
+    def __init__(self, port: BarePort, run_dir: Path | None, options: CapsuleOptions | None = None) -> None:
+        """``options``: what goes into capsules."""
+        self.port, self.run_dir, self.options = port, run_dir, options
         self._records: deque[Mapping[str, Any]] = deque(maxlen=_MAX_RECORDS)
         self.journal = Journal(run_dir / JOURNAL_FILE) if run_dir is not None else None
         record = port.state_record()
@@ -60,6 +62,14 @@ class Keep:
         if kind != "start":
             self._records.append({"kind": kind, **kept})
 
+    def go_on(self, line: Iterable[Mapping[str, Any]] = ()) -> None:
+        """The run goes on from a saved state, to which ``line`` led: what was recorded after it is of another line."""
+        self._records.clear()
+        self._records.extend(line)
+        record = self.port.state_record()
+        told = {"step": record["step"], "attempt": record["attempt"], "treated": treated(record)}
+        self.record("resume", **told)
+
     def _rows(self, step: int) -> tuple[Any, ...]:
         try:
             return self.port.rows(step)
@@ -74,7 +84,8 @@ class Keep:
             return None
         folder = incident_folder(self.run_dir, incident.number)
         try:
-            write_capsule(folder, capture(self.port, case, before.mark), self.port, incident)
+            captured = with_script(capture(self.port, case, before.mark), self.port)
+            write_capsule(folder, captured, self.port, incident, self.options)
         except (OSError, NotPossible) as error:
             self._refused(incident, str(error))
             return None

@@ -12,6 +12,7 @@ from finitune.core.types import Reading
 from finitune.engine.conditions import AS_CONFIGURED, Conditions
 
 SCHEMA = 1
+_MOST_PADDING = 1 << 16
 
 
 @dataclass(slots=True)
@@ -77,5 +78,31 @@ class BareState:
 def conditions_of(record: Mapping[str, Any]) -> Conditions:
     """The conditions of a state's record. Raises KeyError or ValueError where it has none that can be."""
     found = Conditions.from_json(record["conditions"])
+    _check(found)
     # One object for "as configured": asking whether anything is changed costs nothing then.
     return AS_CONFIGURED if found == AS_CONFIGURED else found
+
+
+def _check(found: Conditions) -> None:
+    """Raise ValueError for values of another kind than they have to be: the record may be a stranger's."""
+    texts, numbers = (str, type(None)), (int, float, type(None))
+    kinds: dict[str, tuple[type, ...]] = {
+        "precision": texts,
+        "attention": texts,
+        "clipper": texts,
+        "loss_scale": numbers,
+        "min_scale": numbers,
+        "max_grad_norm": numbers,
+        "adam_eps": numbers,
+        "lr_factor": (int, float),
+        "warmup_from_update": (int, type(None)),
+        "warmup_steps": (int,),
+        "extra_padding": (int,),
+    }
+    wrong = [name for name, kind in kinds.items() if not isinstance(getattr(found, name), kind)]
+    for name in ("fp32_modules", "quarantine"):
+        values = getattr(found, name)
+        if not isinstance(values, tuple) or not all(isinstance(v, str) for v in values):
+            wrong.append(name)
+    if wrong or abs(found.extra_padding) > _MOST_PADDING:
+        raise ValueError(f"conditions: {(wrong or ['extra_padding'])[0]} cannot be")

@@ -93,6 +93,10 @@ class Scaling:
         if self.scaler is not None and record is not None:
             self._set(float(record["scale"]), int(record["tracker"]))
 
+    def forget(self) -> None:
+        """The scaler may have been set by others: its scale is read again."""
+        self._known = None
+
     def _own(self) -> float:
         """The scaler's scale; one host read after each update of it."""
         if self._known is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finitune.adapters import codes_ranks, codes_script
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
 
@@ -166,7 +167,25 @@ QUARANTINED_BATCH = Code(
     ),
 )
 
+NOT_LOOKED = Code(
+    "SYS432",
+    Severity.NOTE,
+    Text(
+        "a look at the run could not be made",
+        "The look at {look} was given up: {error}.",
+        "What it would have found is not known. The run itself is not touched by it.",
+        ("nothing has to be done; the steps themselves are judged all the same",),
+    ),
+    Text(
+        "有一项对运行的检查没有做成",
+        "对 {look} 的检查已放弃：{error}。",
+        "它本来会发现什么不得而知。运行本身不受影响。",
+        ("无需处理；每一步照常判定",),
+    ),
+)
+
 CODES = (
+    NOT_LOOKED,
     QUARANTINED_BATCH,
     LOSS_UNUSABLE,
     CLOSURE_OPTIMIZER,
@@ -176,4 +195,6 @@ CODES = (
     LOSS_CHANGES_MODEL,
     BAD_AT_START,
     CLOSED,
+    *codes_script.CODES,
+    *codes_ranks.CODES,
 )

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from finitune.bench.casebook import command_of, page_of, path_of
 from finitune.cli.codes import UNKNOWN_CODE
 from finitune.cli.render import Block, Heading, Para, Raw, Table
 from finitune.cli.session import Outcome
@@ -57,9 +58,20 @@ def _page(code: Code, module: ModuleType) -> Outcome:
     if page.why:
         blocks.append(Para(page.why, text("cli.explain.why")))
     blocks += [Para(cure, text("cli.explain.try")) for cure in page.cures]
+    case = _case(code)
+    blocks += [Para(words, text(f"cli.explain.case.{part}")) for part, words in (case or {}).items()]
     if notes:
         blocks += [Raw(""), Raw(notes)]
-    return Outcome(tuple(blocks), {"code": {**_record(code), "notes": notes}})
+    return Outcome(tuple(blocks), {"code": {**_record(code), "case": case, "notes": notes}})
+
+
+def _case(code: Code) -> dict[str, str] | None:
+    """The page of the casebook about this code, and the command that acts it out."""
+    name = page_of(code.code)
+    if name is None:
+        return None
+    command = command_of(name)
+    return {"page": path_of(name), **({"command": command} if command else {})}
 
 
 def _record(code: Code) -> dict[str, Any]:

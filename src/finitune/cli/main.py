@@ -26,7 +26,7 @@ from finitune.cli.session import Answered, Outcome, Session, peek
 from finitune.core.errors import Exit
 from finitune.core.messages.catalogue import set_language, text
 
-COMMANDS = ("train", "runs", "incidents", "replay", "recipes", "chat", "export", "explain", "env", "version")
+COMMANDS = ("train", "runs", "incidents", "replay", "recipes", "chat", "export", "explain", "bench", "env", "version")
 """In the order of the help page; each is a module here with ``register(app)``."""
 
 INTERRUPTED = 130

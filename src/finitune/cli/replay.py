@@ -54,8 +54,24 @@ def replay(
 
     done = replay_capsule(path, experiment=experiment, precision=precision)
     if done.verdict is Replay.IMPOSSIBLE:
+        _tell_of_script(path, experiment, precision)
         raise UserError(CANNOT_REPLAY, clean(path), reason=clean(done.reason))
     return Outcome(_blocks(done), {"replay": done.to_json()}, Exit.FINDINGS if done.fails else Exit.GOOD)
+
+
+def _tell_of_script(path: str, experiment: str | None, precision: str | None) -> None:
+    """Raise UserError SYS424, with the lines to be written, where the capsule comes from a script."""
+    from finitune.adapters.codes_script import SCRIPT_CAPSULE
+    from finitune.core.errors import UserError
+    from finitune.engine.capsule_read import read_capsule
+    from finitune.report.incident_words import clean
+
+    capsule = read_capsule(path)
+    if capsule.kind == "script":
+        given = {"experiment": experiment, "precision": precision}
+        options = "".join(f", {name}={value!r}" for name, value in given.items() if value is not None)
+        shown = clean(path)
+        raise UserError(SCRIPT_CAPSULE, shown, path=shown, step=capsule.step, quoted=repr(shown), options=options)
 
 
 def _blocks(done: Replayed) -> tuple[Block, ...]:

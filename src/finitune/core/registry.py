@@ -29,12 +29,16 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "causes": Family("finitune.engine.causes", ("weigh", "CAUSE", "CODES", "FAULT_CLASS", "REMEDIES")),
     "clippers": Family("finitune.engine.clippers", ("Clipper",)),
+    "contenders": Family("finitune.bench.contenders", ("drive", "missing", "MEANT_FOR")),
+    "controls": Family("finitune.bench.controls", ("plant", "RUNS")),
     "detectors": Family("finitune.detectors", ("detect", "Config", "CODES")),
     "experiments": Family("finitune.engine.experiments", ("run", "wanted", "ORDER", "SAYS")),
+    "faults": Family("finitune.bench.faults", ("plant", "FAULT_CLASS", "RUNS")),
     "formats": Family("finitune.data.formats", ("sniff", "to_messages")),
     "model_families": Family("finitune.models.families", ("FAMILY",)),
     "objectives": Family("finitune.train.objectives", ("compute",)),
     "remedies": Family("finitune.engine.remedies", ("plans", "SAFETY", "SAYS")),
+    "runs": Family("finitune.bench.runs", ("build", "PRECISIONS", "STEPS")),
     "strategies": Family("finitune.train.strategies", ("Strategy",)),
     "trackers": Family("finitune.train.trackers", ("Tracker",)),
 }

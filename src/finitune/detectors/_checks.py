@@ -15,3 +15,9 @@ def above(name: str, value: float, bound: float) -> None:
     """``value`` is a finite number > ``bound``; NaN is refused."""
     if not (value > bound and math.isfinite(value)):
         raise ValueError(f"{name} = {value}: must be a finite number > {bound}")
+
+
+def probability(name: str, value: float) -> None:
+    """``value`` is above 0 and below 1; NaN is refused."""
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} = {value}: must be a number between 0 and 1")

@@ -28,10 +28,9 @@ import math
 from dataclasses import dataclass
 
 from finitune.core.codes import Code, Text
-from finitune.core.robust import History
+from finitune.core.robust import History, bounded_exp
 from finitune.core.types import Finding, Reading, Severity
 from finitune.detectors._checks import above, at_least
-from finitune.detectors._outlier import bounded_exp
 
 DIVERGENCE = Code(
     "OPT002",

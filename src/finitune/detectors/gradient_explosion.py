@@ -1,9 +1,11 @@
 """Gradient explosion: the gradient norm is finite but far above all of the recent past.
 
 What it sees:
-    ln(gradient norm before clipping, loss scale divided out) against the window of committed steps:
-    above the median by `factor` and by `num_sigmas` robust standard deviations, and above the largest of
-    the last `recent_steps` by `recent_factor`. The first `min_steps` steps are never judged.
+    ln(gradient norm before clipping, loss scale divided out) against the committed steps. The upper tail is learnt
+    from the run: its scale from the highest eighth of the last 128 norms, its record from the last 4096. A norm is an
+    explosion where a step of this run is so high with a probability below `chance` - or `joint_chance` where the
+    loss, too, is `loss_factor` times its median, `loss_rise` above it and above everything seen - and it is above the
+    median by `factor`. The first `min_steps` steps are never judged.
 
 Why it is bad:
     Clipping bounds the length of the update, not its direction, and Adam's second moment remembers the
@@ -11,7 +13,7 @@ Why it is bad:
     refused and given up; after `max_vetoes_in_a_row` refusals the next such step is reported and passes.
 
 Example:
-    norms around 1.1 (0.5 to 2.6), then 48: above 1.1 * 4 and above 2.6 * 1.5: refused
+    norms around 1.1 (0.5 to 2.6), then 900: refused. A long row with 20: taken, clipped
 
 What to do:
     Look at the rows of the batch. Without clipping: max_grad_norm: 1.0. If it grows step by step: a
@@ -19,7 +21,7 @@ What to do:
 
 Source:
     Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks", section 2;
-    Huang et al. 2025, "SPAM", for outliers that stay in Adam's moments.
+    Huang et al. 2025, "SPAM", for outliers that stay in Adam's moments; Hill 1975 for the scale of a tail.
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ import math
 from dataclasses import dataclass
 
 from finitune.core.codes import Code, Text
-from finitune.core.robust import History
+from finitune.core.robust import Bounds, History, breaks_record, outlier
 from finitune.core.types import Finding, Reading, Severity
-from finitune.detectors._checks import above, at_least
-from finitune.detectors._outlier import Rule, outlier
+from finitune.detectors._checks import above, at_least, probability
 
 GRADIENT_EXPLOSION = Code(
     "NUM011",
@@ -69,14 +70,18 @@ CODES = (GRADIENT_EXPLOSION,)
 class Config:
     """Limits of a gradient explosion."""
 
-    factor: float = 4.0
-    """At least this many times the median; small fine-tunes vary by 2-3 times from step to step."""
-    num_sigmas: float = 8.0
-    """At least this many robust standard deviations of ln(norm) above the median."""
-    recent_factor: float = 1.5
-    """At least this many times the largest of the last ``recent_steps`` norms."""
-    recent_steps: int = 64
-    """How many committed steps count as recent."""
+    factor: float = 30.0
+    """At least this many times the median: rare rows have 20 times, and a clipped step on them does no harm."""
+    chance: float = 1e-7
+    """Probability of such a norm in a step, by the run's own tail, below which it is no matter of chance."""
+    joint_chance: float = 1e-5
+    """The same where the loss stands out as well."""
+    loss_factor: float = 3.0
+    """A loss stands out from this many times its median on."""
+    loss_rise: float = 3.0
+    """And from so much above its median on, in the loss's unit (nats)."""
+    prior_scale: float = 0.2
+    """Scale of the tail of ln(norm) that is assumed before the run has shown one."""
     min_steps: int = 20
     """Committed steps before anything is judged."""
     max_vetoes_in_a_row: int = 3
@@ -84,19 +89,22 @@ class Config:
 
     def __post_init__(self) -> None:
         above("factor", self.factor, 1.0)
-        above("num_sigmas", self.num_sigmas, 0.0)
-        at_least("recent_factor", self.recent_factor, 1.0)
-        at_least("recent_steps", self.recent_steps, 1)
+        probability("chance", self.chance)
+        probability("joint_chance", self.joint_chance)
+        above("loss_factor", self.loss_factor, 1.0)
+        at_least("loss_rise", self.loss_rise, 0.0)
+        above("prior_scale", self.prior_scale, 0.0)
         at_least("min_steps", self.min_steps, 2)
         at_least("max_vetoes_in_a_row", self.max_vetoes_in_a_row, 0)
 
 
 def detect(history: History, reading: Reading, config: Config) -> Finding | None:
     """A veto for an explosion; None for a loss or norm that is not finite (``non_finite`` judges those)."""
-    if not math.isfinite(reading.loss):
+    if not math.isfinite(reading.loss) or len(history.log_grad_norm) < config.min_steps:
         return None
-    rule = Rule(config.min_steps, config.num_sigmas, config.factor, config.recent_steps, config.recent_factor)
-    found = outlier(history.log_grad_norm, reading.grad_norm, rule)
+    joint = breaks_record(history.log_loss, reading.loss, config.loss_factor, config.loss_rise)
+    chance = max(config.chance, config.joint_chance) if joint else config.chance
+    found = outlier(history.log_grad_norm, reading.grad_norm, Bounds(config.factor, chance, config.prior_scale))
     if found is None:
         return None
     return GRADIENT_EXPLOSION.find(

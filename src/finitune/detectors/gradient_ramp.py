@@ -30,10 +30,9 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 
 from finitune.core.codes import Code, Text
-from finitune.core.robust import History
+from finitune.core.robust import History, bounded_exp
 from finitune.core.types import Finding, Reading, Severity
 from finitune.detectors._checks import above, at_least
-from finitune.detectors._outlier import bounded_exp
 
 GRADIENT_RAMP = Code(
     "NUM012",

@@ -3,7 +3,8 @@
 What it sees:
     headroom = log2(largest half number / largest magnitude) of the worst monitored module (fp16: 65504).
     It speaks when the headroom is below `min_bits`, or when it is below `armed_bits` and either this is
-    the first step or more than `max_drop_bits` have been lost since the first step.
+    the first step or more than `max_drop_bits` have been lost since the first step: once, and again for every
+    further `max_drop_bits` that are lost. A run that stays where it is has been told.
 
 Why it is bad:
     In fp16 the step that crosses 0 bits has a NaN loss. The loss, and the gradient norm too, look normal
@@ -79,7 +80,7 @@ class Config:
 def detect(history: History, reading: Reading, config: Config) -> Finding | None:
     """A note, never a veto."""
     bits = reading.headroom_bits
-    if bits is None or not _is_low(bits, history.first_headroom_bits, config):
+    if bits is None or not _is_low(bits, history.first_headroom_bits, config) or _was_told(bits, history, config):
         return None
     module, amax = _worst(reading)
     return LOW_HEADROOM.find(
@@ -92,6 +93,21 @@ def _is_low(bits: float, first_bits: float, config: Config) -> bool:
         return True
     dropped = math.isnan(first_bits) or first_bits - bits > config.max_drop_bits
     return bits < config.armed_bits and dropped
+
+
+def _was_told(bits: float, history: History, config: Config) -> bool:
+    """The headroom was as low as this before, to the half bit, and that was low enough to be told."""
+    lowest = history.lowest_headroom_bits
+    if history.overflows_in_a_row:  # the same batch again at a smaller loss scale
+        return True
+    if math.isnan(lowest) or not math.isfinite(bits) or not _is_low(lowest, history.first_headroom_bits, config):
+        return False
+    crossed = bits < config.min_bits <= lowest
+    return not crossed and _level(bits, config) <= _level(lowest, config)
+
+
+def _level(bits: float, config: Config) -> int:
+    return math.floor((config.armed_bits - bits) / config.max_drop_bits)
 
 
 def _worst(reading: Reading) -> tuple[str, float]:

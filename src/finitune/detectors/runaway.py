@@ -1,17 +1,22 @@
 """Runaway: the loss is finite and leaves everything that the run has seen, and does not come back.
 
 What it sees:
-    Five shapes, each judged by the committed past. "Usual" is the median of the losses before the shape began:
+    Six shapes, each judged by the committed past. "Usual" is the median of the losses before the shape began:
     climbing   the last `climb_steps` are above `factor` times the usual loss and by `min_rise` nats, many robust
                standard deviations and everything seen lately, got there by degrees, and still rise;
-    beyond     two in a row are above `beyond_factor` times the usual loss and by `beyond_rise` nats (in the first
+    beyond     two in a row are above `beyond_factor` times the usual loss and by `beyond_rise` nats, and above
+               everything seen lately (in the first
                `min_steps` steps, where nothing else judges, one is enough if it is far enough);
     lost       the last `lost_steps` are all above `lost_factor` times the usual loss and by `lost_rise` nats. Where
                `guess_loss`, ln(number of tokens), is known: all near it, after having been far below;
     raised     the last `raised_steps` are all above `raised_factor` times the usual loss and everything seen lately,
                while the learning rate has grown by `lr_growth` times, to where a step changes the weights by more
                than `raised_update` of their size (where that was measured);
-    unstarted  in its first 64 steps the last `raised_steps` are all above 1.6 times its first five, and by 3 nats.
+    unstarted  in its first 64 steps the last `raised_steps` are all above 1.6 times its first five, and by 3 nats;
+    unforgotten  a step changes the weights by more than `long_update` of their size, and the last `lost_steps` are
+               above `far_factor` times the usual loss and everything seen lately, or the last `raised_steps` are all
+               above the usual loss, their median by `long_factor` and by the spread of the losses. From the first
+               steps on.
 
 Why it is bad:
     A learning rate far too high destroys the model without a single NaN in fp32 and bf16: the loss climbs, or drops
@@ -37,10 +42,9 @@ from itertools import pairwise
 from statistics import median
 
 from finitune.core.codes import Code, Text
-from finitune.core.robust import MAD_TO_SIGMA, History
+from finitune.core.robust import MAD_TO_SIGMA, History, bounded_exp
 from finitune.core.types import Finding, Reading, Severity
 from finitune.detectors._checks import above, at_least
-from finitune.detectors._outlier import bounded_exp
 
 RUNAWAY = Code(
     "OPT003",
@@ -80,6 +84,8 @@ _ABSURD = 100.0
 _RECENT = 64
 # What a run began with: the median of so many losses, and how far above it a model has got nowhere.
 _START, _START_FACTOR, _START_RISE = 5, 1.6, 3.0
+# What an early loss is compared with, where the loss falls quickly or the run is young.
+_NEWER = 24
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,12 @@ class Config:
     """Raised: ||update|| / ||weights|| of a step, as measured and in proportion to the learning rate."""
     lr_growth: float = 1.5
     """Raised: the learning rate over its median before."""
+    long_update: float = 0.03
+    """Unforgotten: ||update|| / ||weights|| of a step, as measured and in proportion to the learning rate."""
+    long_factor: float = 1.15
+    """Unforgotten: the median of `raised_steps` losses over the usual one."""
+    far_factor: float = 1.5
+    """Unforgotten: each of `lost_steps` losses over the usual one."""
     guess_loss: float = 0.0
     """ln(number of tokens of the vocabulary): the loss of guessing, in nats; 0: not known."""
     min_steps: int = 20
@@ -131,6 +143,9 @@ class Config:
         at_least("raised_steps", self.raised_steps, 4)
         above("raised_update", self.raised_update, 0.0)
         above("lr_growth", self.lr_growth, 1.0)
+        above("long_update", self.long_update, 0.0)
+        above("long_factor", self.long_factor, 1.0)
+        above("far_factor", self.far_factor, 1.0)
         at_least("guess_loss", self.guess_loss, 0.0)
         at_least("min_steps", self.min_steps, 2)
 
@@ -151,6 +166,7 @@ def detect(history: History, reading: Reading, config: Config) -> Finding | None
         or _climbing(values, config)
         or _raised(history, values, reading.lr, config)
         or _unstarted(history, values, config)
+        or _unforgotten(history, values, reading.lr, config)
     )
     return _told(history, reading, values, count) if count else None
 
@@ -178,7 +194,7 @@ def _beyond(history: History, values: list[float], reading: Reading, config: Con
     """How many losses in a row are far beyond everything; 0: no shape of that kind."""
     usual = _usual(history, values[:-2], config)
     limit = max(config.beyond_factor * usual, usual + config.beyond_rise)
-    if min(reading.loss, bounded_exp(values[-2])) > limit:
+    if min(reading.loss, bounded_exp(values[-2])) > limit and _is_no_noise(values[:-2], min(values[-2:]), config):
         return 2
     usual = _usual(history, values[:-1], config)
     limit = max(config.beyond_factor * usual, usual + config.beyond_rise)
@@ -187,6 +203,13 @@ def _beyond(history: History, values: list[float], reading: Reading, config: Con
     # The norm of one early step says little by itself; together with such a loss it says enough.
     wild = reading.grad_norm > config.beyond_factor * bounded_exp(history.log_grad_norm.median())
     return 1 if wild or reading.loss > _ABSURD * usual else 0
+
+
+def _is_no_noise(before: list[float], value: float, config: Config) -> bool:
+    """Beyond what the noise of the run explains: two such losses in a row come by chance in a run of heavy tails."""
+    if len(before) < config.min_steps:
+        return True
+    return value > max(median(before) + config.num_sigmas * _sigma(before) / 2, *before[-_RECENT:])
 
 
 def _lost(history: History, values: list[float], config: Config) -> int:
@@ -240,7 +263,7 @@ def _raised(history: History, values: list[float], lr: float, config: Config) ->
     if len(before) < config.min_steps or not rates or not (lr > 0 and math.isfinite(lr)):
         return 0
     grown = math.log(lr) - median(rates[-_RECENT:]) >= math.log(config.lr_growth)
-    if not grown or not _updates_are_large(history, lr, config):
+    if not grown or not _updates_are_large(history, lr, config.raised_update):
         return 0
     usual = median(before[-_RECENT:])
     far = max(math.log(config.raised_factor), config.num_sigmas * _sigma(before[-_RECENT:]) / 2)
@@ -248,10 +271,10 @@ def _raised(history: History, values: list[float], lr: float, config: Config) ->
     return count if min(high) > max(before[-_RECENT:]) and median(high) > usual + far and not falls else 0
 
 
-def _updates_are_large(history: History, lr: float, config: Config) -> bool:
+def _updates_are_large(history: History, lr: float, least: float) -> bool:
     """False where no update was measured: harder data in a warm-up looks the same but for this."""
     measured = history.log_update_per_lr
-    return len(measured) > 0 and measured.median() + math.log(lr) > math.log(config.raised_update)
+    return len(measured) > 0 and measured.median() + math.log(lr) > math.log(least)
 
 
 def _unstarted(history: History, values: list[float], config: Config) -> int:
@@ -262,3 +285,26 @@ def _unstarted(history: History, values: list[float], config: Config) -> int:
     start = max(history.first_loss, bounded_exp(median(values[:_START])))
     lowest = bounded_exp(min(values[-count:]))
     return count if lowest > max(_START_FACTOR * start, start + _START_RISE) else 0
+
+
+def _unforgotten(history: History, values: list[float], lr: float, config: Config) -> int:
+    """The number of losses on a raised level while the weights are being replaced; 0: none."""
+    if not (lr > 0 and math.isfinite(lr)) or not _updates_are_large(history, lr, config.long_update):
+        return 0
+    few, many = config.lost_steps, config.raised_steps
+    before, high = values[:-few], values[-few:]
+    if before and min(high) > max(_level(history, before) + math.log(config.far_factor), *before[-_NEWER:]):
+        return few
+    before, high = values[:-many], values[-many:]
+    if not before:
+        return 0
+    usual = _level(history, before)
+    far = max(math.log(config.long_factor), 1.5 * _sigma(before[-_RECENT:]))
+    return many if min(high) > usual and min(median(high), median(high[many // 2 :])) > usual + far else 0
+
+
+def _level(history: History, before: list[float]) -> float:
+    """The usual loss as ln; of few losses, of which the first may have been easy, the highest but for a rise."""
+    if len(before) >= _START:
+        return median(before[-_RECENT:])
+    return max(math.log(history.first_loss), median(before))

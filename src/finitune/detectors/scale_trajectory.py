@@ -4,7 +4,8 @@ What it sees:
     At a step whose gradients overflowed under a loss scale: the share of overflows in the last 20 tries, and how far
     the scale has fallen below the highest at which a step was committed lately. It speaks above `max_rate` or
     from `max_fall_bits` halvings on. The first `min_steps` committed steps are the search for a scale and
-    are not judged.
+    are not judged; neither is a scale above all at which a step was committed lately: it has grown, or a scaler
+    begins anew.
 
 Why it is bad:
     A dynamic scale overflows some 5 to 16 times at the start and then about once in 2000 steps. More than that is no
@@ -91,8 +92,10 @@ def detect(history: History, reading: Reading, config: Config) -> Finding | None
         return None
     if not math.isfinite(reading.loss) or math.isfinite(reading.grad_norm):
         return None
+    highest = max(history.log2_scale, default=math.log2(scale))
+    if math.log2(scale) > highest:
+        return None
     tries = [*history.overflows.tail(19), 1.0]
-    highest = max([*history.log2_scale, math.log2(scale)])
     often = len(tries) == 20 and sum(tries) > config.max_rate * len(tries)
     if not often and highest - math.log2(scale) < config.max_fall_bits:
         return None

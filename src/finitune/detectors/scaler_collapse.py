@@ -1,8 +1,9 @@
 """Scaler collapse: the loss scale falls and falls, because the gradients overflow at any scale.
 
 What it sees:
-    A loss scale below `floor`, or `max_overflows_in_a_row` overflows without one committed step. A scale
-    of exactly 1 is how many logs write "no scaling" and is not judged.
+    A loss scale below `floor`, or `max_overflows_in_a_row` overflows without one committed step that have brought it
+    down to `searched_scale`, or `endless_overflows` at any scale: a search that begins at 2**32 takes 16 overflows to
+    come down to 65536. A scale of exactly 1 is how many logs write "no scaling" and is not judged.
 
 Why it is bad:
     A scale exists to lift small gradients; below 1 it presses them down. Overflow that a smaller scale
@@ -68,11 +69,17 @@ class Config:
     floor: float = 1.0
     """A scale below this one has collapsed."""
     max_overflows_in_a_row: int = 16
-    """This many overflows without a committed step are a collapse at any scale: 65536 has become 1."""
+    """This many overflows without a committed step are a collapse at a small scale: 65536 has become 1."""
+    searched_scale: float = 64.0
+    """Down to this scale a search may take longer than that."""
+    endless_overflows: int = 40
+    """This many overflows without a committed step are a collapse at any scale."""
 
     def __post_init__(self) -> None:
         above("floor", self.floor, 0.0)
         at_least("max_overflows_in_a_row", self.max_overflows_in_a_row, 1)
+        above("searched_scale", self.searched_scale, 0.0)
+        at_least("endless_overflows", self.endless_overflows, 1)
 
 
 def detect(history: History, reading: Reading, config: Config) -> Finding | None:
@@ -81,7 +88,9 @@ def detect(history: History, reading: Reading, config: Config) -> Finding | None
         return None
     overflowed = math.isfinite(reading.loss) and not math.isfinite(reading.grad_norm)
     overflows = history.overflows_in_a_row + overflowed
-    endless = overflowed and overflows >= config.max_overflows_in_a_row
+    small = not reading.loss_scale > config.searched_scale
+    most = min(config.max_overflows_in_a_row, config.endless_overflows) if small else config.endless_overflows
+    endless = overflowed and overflows >= most
     if reading.loss_scale >= config.floor and not endless:
         return None
     return SCALER_COLLAPSE.find(

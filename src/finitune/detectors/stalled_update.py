@@ -1,7 +1,9 @@
 """Stalled update: steps are committed but the weights do not move.
 
 What it sees:
-    Either a gradient of exactly 0 although tokens are supervised, or, over the last `min_measurements`
+    Either a gradient of exactly 0 although tokens are supervised - at once where no step had another one, after
+    `zero_steps` in a row where some had, or where the loss is exactly 0 as well (a policy gradient whose rewards
+    are all alike has neither loss nor gradient) - or, over the last `min_measurements`
     and more measurements, fewer than `min_changed` of the sampled weight elements changed by a step while
     the learning rate is above 0.
 
@@ -68,27 +70,33 @@ class Config:
     """Share (0..1) of the sampled elements that a step should change."""
     min_measurements: int = 4
     """Measurements of that share before it is judged; all of them must be too small."""
+    zero_steps: int = 16
+    """Steps in a row with a gradient of exactly 0, in a run that has had another one."""
 
     def __post_init__(self) -> None:
         above("min_changed", self.min_changed, 0.0)
         if self.min_changed > 1.0:
             raise ValueError(f"min_changed = {self.min_changed}: a share is at most 1")
         at_least("min_measurements", self.min_measurements, 1)
+        at_least("zero_steps", self.zero_steps, 1)
 
 
 def detect(history: History, reading: Reading, config: Config) -> Finding | None:
     """A warning, never a veto: a step that moves nothing harms nothing."""
     if not (math.isfinite(reading.loss) and math.isfinite(reading.grad_norm)):
         return None
-    if not (_no_gradient(reading) or _unmoved(history, reading, config)):
+    if not (_no_gradient(history, reading, config) or _unmoved(history, reading, config)):
         return None
     return STALLED_UPDATE.find(
         step=reading.step, percent=100.0 * history.changed_fraction.median(), grad_norm=reading.grad_norm, lr=reading.lr
     )
 
 
-def _no_gradient(reading: Reading) -> bool:
-    return reading.grad_norm == 0.0 and reading.supervised_tokens is not None and reading.supervised_tokens > 0
+def _no_gradient(history: History, reading: Reading, config: Config) -> bool:
+    if reading.grad_norm != 0.0 or not reading.supervised_tokens:
+        return False
+    never = len(history.log_grad_norm) == 0 and reading.loss != 0.0
+    return never or history.zero_gradients_in_a_row + 1 >= config.zero_steps
 
 
 def _unmoved(history: History, reading: Reading, config: Config) -> bool:

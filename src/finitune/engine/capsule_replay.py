@@ -22,6 +22,7 @@ from finitune.core import registry
 from finitune.core.errors import UserError
 from finitune.core.incident import Evidence, Result, Verdict
 from finitune.core.messages.catalogue import text
+from finitune.core.types import Reading
 from finitune.engine import capsule as names
 from finitune.engine.capsule_read import Capsule, decoded, read_capsule
 from finitune.engine.capture import frozen_tensors, is_of_one_step, versions_of
@@ -80,6 +81,8 @@ class Replayed:
     evidence: Evidence | None = None
     said: str = ""
     """The sentence of the experiment, or of the other precision."""
+    reading: Reading | None = None
+    """All numbers of the step as it was computed now."""
 
     @property
     def fails(self) -> bool:
@@ -193,6 +196,7 @@ def _replayed(
         recorded=_numbers(capsule.expected),
         now=_numbers(shot.reading),
         notes=notes,
+        reading=shot.reading,
     )
     if module is not None:
         return _with_experiment(done, lab, module)
@@ -237,7 +241,7 @@ def _with_precision(done: Replayed, lab: Lab, precision: str) -> Replayed:
     return replace(done, evidence=evidence, said=text(key, precision=precision, **numbers))
 
 
-def _numbers(reading: Any) -> dict[str, float]:
+def _numbers(reading: Reading) -> dict[str, float]:
     return {"loss": reading.loss, "grad_norm": reading.grad_norm}
 
 

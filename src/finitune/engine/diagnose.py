@@ -13,6 +13,8 @@ from finitune.engine.weight import Weight
 
 MIN_CONFIDENCE = 0.1
 """Below this a cause is not worth a mention."""
+REDONE = "redone_state"
+"""The experiment that shows that something wrote into the training state."""
 _BLAMES = ("DAT", "OPT")
 """Codes that blame the data or the learning rate: a failure that does not repeat is none of theirs."""
 
@@ -53,6 +55,8 @@ def _is_kept(weight: Weight, code: str, case: Case) -> bool:
     """Worth a mention. A failure that comes and goes is explained by causes that rest on just that, and by no other."""
     if not weight.confidence >= MIN_CONFIDENCE or math.isinf(weight.confidence):
         return False
+    if case.good(REDONE):  # what a state that was changed from outside makes of a step says nothing about the step
+        return REDONE in weight.reasons_for
     if case.verdict is not Verdict.NOT_REPRODUCED:
         return True
     return "verdict" in weight.reasons_for and not code.startswith(_BLAMES)

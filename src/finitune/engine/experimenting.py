@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from finitune.core import registry
-from finitune.core.incident import Evidence, Result, Suspect
+from finitune.core.incident import Evidence, Result, Suspect, Trigger
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
+from finitune.engine.diagnose import REDONE
 from finitune.engine.lab import BudgetSpent, Lab
 from finitune.engine.snapshot import is_out_of_memory
 from finitune.numerics.fingerprint import fingerprint, first_difference
@@ -62,8 +63,21 @@ def experiment(lab: Lab, case: Case, *, journal: Callable[[Evidence], None] | No
 
 
 def _following(members: Sequence[tuple[str, ModuleType]], case: Case) -> tuple[str, ModuleType] | None:
-    """The first one that is wanted now and was not made: what an experiment shows may call for a cheaper one."""
+    """The first one that is wanted now and was not made: what an experiment shows may call for a cheaper one.
+
+    None once what was found says that the step itself is not to be looked into.
+    """
+    if _is_settled(case):
+        return None
     return next(((n, m) for n, m in members if n not in case.evidence and _wanted(n, m, case)), None)
+
+
+def _is_settled(case: Case) -> bool:
+    """The state was changed from outside, or the updates before the failing step are wrong, or the loss of a step that
+    was committed is that of rows of the vocabulary that are out of scale.
+    """
+    wrong_updates = case.good("reference_optimizer") and case.trigger is not Trigger.UPDATE
+    return case.good(REDONE) or wrong_updates or (case.good("vocabulary_rows") and case.trigger is Trigger.RUNAWAY)
 
 
 def perform(lab: Lab, case: Case, name: str, module: ModuleType) -> tuple[Evidence, tuple[Suspect, ...]]:

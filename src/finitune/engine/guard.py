@@ -13,15 +13,18 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+from finitune.core import registry
 from finitune.core.errors import Halted
 from finitune.core.incident import Incident, Phase, Trigger
-from finitune.core.types import Judgement, Reading, Verdict
+from finitune.core.incident import Verdict as ReplayVerdict
+from finitune.core.types import Finding, Judgement, Reading, Severity, Verdict
 from finitune.engine.case import Case
 from finitune.engine.codes_guard import UPDATE_NOT_FINITE
+from finitune.engine.diagnose import diagnose
 from finitune.engine.investigate import Found, investigate
 from finitune.engine.judge import Judge
 from finitune.engine.lab import Budget, Lab
@@ -31,12 +34,13 @@ from finitune.engine.policy import Action, Policy, decide, is_scale_overflow
 from finitune.engine.port import Capability, ReplayPort
 from finitune.engine.prove import ProofSettings
 from finitune.engine.snapshot import Snapshot, as_snapshot, is_out_of_memory
+from finitune.engine.spoilt import parted_at, places, suspects, way_back
 from finitune.engine.step import Outcome, transact
 from finitune.engine.timeline import Timeline, Unreachable
 from finitune.engine.treatment import Treatment, halted_by, lost_state
-from finitune.engine.triage import cause_of, triage
+from finitune.engine.triage import RUNAWAY_CODES, cause_of, triage
 from finitune.numerics.seeds import generators_kept
-from finitune.numerics.statecheck import bad_tensors
+from finitune.numerics.statecheck import ABSURD, bad_tensors
 
 _MAX_NAMED = 8
 
@@ -54,7 +58,7 @@ class GuardSettings:
     """Updates past the failing step in the proof of a plan."""
     probation_steps: int = 20
     act_on_forecast: bool = False
-    state_check_steps: int = 50
+    state_check_steps: int = 10
     """The weights are checked after every update, the moments after every so many."""
     max_relapses: int = 3
     """Incidents of one cause at one place before the run halts."""
@@ -102,8 +106,8 @@ class Guard:
         """``timeline`` None: nothing can be undone, so failures are refused but not investigated."""
         self.port, self.judge, self.policy, self.timeline, self.hooks = port, judge, policy, timeline, hooks
         self.settings = settings or GuardSettings()
-        self.bad_from_start = frozenset(bad_tensors(port.state_tensors()))
-        """State tensors that were not finite when the guard came: they cannot be held against an update."""
+        self.bad_from_start = frozenset(bad_tensors(port.state_tensors(), ABSURD))
+        """State tensors that were bad when the guard came: they cannot be held against an update."""
         self.treatment = Treatment(port, timeline, hooks, self.settings.probation_steps) if timeline else None
 
     @property
@@ -118,27 +122,52 @@ class Guard:
             self.treatment.relax()
         started_s = time.perf_counter()
         state = self.port.state
-        outcome = transact(self.port, self.judge, state.history)
+        outcome = self._told_already(transact(self.port, self.judge, state.history))
         action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=self.port.scale_left)
         spoilt = self._spoilt(outcome)
         turn = Turn(outcome, action, time.perf_counter() - started_s)
         if spoilt:
             return self._update_failed(turn, spoilt)
         trigger = triage(outcome.judgement, outcome.reading, action, act_on_forecast=self.settings.act_on_forecast)
+        if trigger is None and outcome.committed and self.able and self.treatment is not None:
+            trigger = self._not_back(turn, self.treatment)
         if trigger is None or self.treatment is None or not self.able or self.treatment.is_known(trigger):
             self._close(turn)
             return turn
         return self._incident(turn, trigger, self.treatment)
 
+    def _told_already(self, outcome: Outcome) -> Outcome:
+        """A run that runs away is told once: again as a note, and not at all where the data account for it."""
+        treatment, codes = self.treatment, {f.code for f in outcome.judgement.findings}
+        if treatment is None or codes.isdisjoint(RUNAWAY_CODES):
+            return outcome
+        kept = [f for f in outcome.judgement.findings if f.code not in RUNAWAY_CODES]
+        if not treatment.is_accepted(outcome.reading):
+            if not treatment.is_known(Trigger.RUNAWAY):
+                return outcome
+            again = [f for f in outcome.judgement.findings if f.code in RUNAWAY_CODES]
+            kept += [replace(f, severity=Severity.NOTE) for f in again]
+        return replace(outcome, judgement=Judgement(outcome.judgement.verdict, tuple(kept)))
+
+    def _not_back(self, turn: Turn, treatment: Treatment) -> Trigger | None:
+        """A cure of the run did not bring the losses back: that is a failure of its own."""
+        finding = treatment.not_back(turn.outcome.reading)
+        if finding is None:
+            return None
+        was = turn.outcome
+        judgement = Judgement(was.judgement.verdict, (*was.judgement.findings, finding))
+        turn.outcome = replace(was, judgement=judgement)
+        return Trigger.RUNAWAY
+
     # -- an ordinary step -------------------------------------------------------------------------------------
 
     def _spoilt(self, outcome: Outcome) -> list[str]:
-        """State tensors that the update made non-finite, where they are looked at."""
+        """State tensors that the update made non-finite or absurdly large, where they are looked at."""
         if not outcome.committed:
             return []
         # A bad moment shows in the weights at once, or (an infinite second moment) stops them: that can wait.
         whole = self.port.state.updates % self.settings.state_check_steps == 0
-        bad = bad_tensors(self.port.state_tensors() if whole else self.port.parameters())
+        bad = bad_tensors(self.port.state_tensors() if whole else self.port.parameters(), ABSURD)
         return [name for name in bad if name not in self.bad_from_start]
 
     def _close(self, turn: Turn) -> None:
@@ -170,11 +199,12 @@ class Guard:
         """The update made the state non-finite: it is undone, and investigated."""
         reading = turn.outcome.reading
         # Going back may mend what was corrupt before the update: what the moments held is told now or never.
-        moments = [n for n in bad_tensors(self.port.state_tensors()) if "|" in n and n not in self.bad_from_start]
+        now_bad = bad_tensors(self.port.state_tensors(), ABSURD)
+        moments = [n for n in now_bad if "|" in n and n not in self.bad_from_start]
+        told = places(self.port.state_tensors(), [*moments, *spoilt])
         numbers: dict[str, Any] = {"count": len(spoilt), "first": spoilt[0], "moments": moments[:_MAX_NAMED]}
-        finding = UPDATE_NOT_FINITE.find(
-            (moments or spoilt)[0], veto=True, step=reading.step, loss=reading.loss, **numbers
-        )
+        where = str(told[0]["name"]) if told else (moments or spoilt)[0]
+        finding = UPDATE_NOT_FINITE.find(where, veto=True, step=reading.step, loss=reading.loss, places=told, **numbers)
         judgement = Judgement(Verdict.ABORT, (*turn.outcome.judgement.findings, finding))
         turn.outcome = Outcome(reading, judgement, turn.outcome.rows)
         turn.action = Action.HALT
@@ -183,6 +213,9 @@ class Guard:
                 raise Unreachable(finding)
             self.timeline.undo()
         except Unreachable as reason:
+            parted = parted_at(reason.finding) if told and self.able and self.settings.policy == "auto" else None
+            if parted is not None and self.treatment is not None:
+                return self._another_line(turn, parted, told, self.treatment)
             self.write_step(turn)
             turn.halt = lost_state(finding, reason.finding)
             return turn
@@ -191,6 +224,23 @@ class Guard:
             self._close(turn)
             return turn
         return self._incident(turn, Trigger.UPDATE, self.treatment)
+
+    def _another_line(self, turn: Turn, parted: int, told: Any, treatment: Treatment) -> Turn:
+        """Computed anew, the run is another one from a step on: something wrote into the state, which is not made here.
+
+        The line that was computed anew is the sound one; the run goes on from where the two part.
+        """
+        incident = turn.incident = self._frozen(turn, Trigger.UPDATE)
+        incident.verdict, incident.suspects = ReplayVerdict.NOT_REPRODUCED, suspects(told, {})
+        case = Case(incident.trigger, incident.finding, turn.outcome.reading, incident.facts, self._past())
+        incident.diagnosis = diagnose(replace(case, verdict=incident.verdict, suspects=incident.suspects))
+        plan = way_back(parted, self.port.state.step, self.port.conditions)
+        self._apply(turn, incident, plan)
+        treatment.apply(incident, plan)
+        self._entered(incident, Phase.PROBATION)
+        self.hooks.record("incident", step=incident.step, incident=incident.to_json())
+        self.hooks.told(incident)
+        return turn
 
     def _incident(self, turn: Turn, trigger: Trigger, treatment: Treatment) -> Turn:
         """Investigate, and treat."""
@@ -219,13 +269,21 @@ class Guard:
             step=reading.step,
             attempt=state.attempt + (0 if turn.outcome.committed else 1),
             trigger=trigger,
-            finding=cause_of(trigger, turn.outcome.judgement),
+            finding=self._judged_by_what_was(trigger, cause_of(trigger, turn.outcome.judgement)),
             reading=reading.to_json(),
             rows=turn.outcome.rows,
             facts=dict(self.port.facts()),
         )
         self._entered(incident, Phase.FROZEN)
         return incident
+
+    def _judged_by_what_was(self, trigger: Trigger, finding: Finding) -> Finding:
+        """After a first look at a run that ran away, what was usual before is not the median of what it is now."""
+        known = self.treatment.level_before() if self.treatment is not None and trigger is Trigger.RUNAWAY else None
+        told = finding.data.get("before")
+        if known is None or not isinstance(told, float) or told <= known:
+            return finding
+        return replace(finding, data={**finding.data, "before": known})
 
     def _entered(self, incident: Incident, phase: Phase) -> None:
         incident.phase = phase
@@ -262,6 +320,7 @@ class Guard:
             "median_grad_norm": median(norms) if norms else None,
             "first_loss": None if math.isnan(history.first_loss) else history.first_loss,
             "recent_losses": losses,
+            "recent_rates": [math.exp(x) for x in history.log_lr],
             "num_overflows": history.num_overflows,
             "incidents": copy.deepcopy(self.port.state.guard.get("incidents", [])),
         }
@@ -271,10 +330,10 @@ class Guard:
         plan = found.plan if found is not None else None
         if plan is not None and treatment.is_spent(incident, plan, self.settings.max_relapses):
             plan = None
-        # What has not failed yet may go on without a cure; what fails may not.
-        slow = incident.trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT)
+        # What is finite may go on without a cure (an outlier's batch is given up); what fails may not.
+        slow = incident.trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT, Trigger.OUTLIER)
         without = plan is None or plan.halts
-        if self.settings.policy == "observe" or found is None or (slow and without):
+        if self.settings.policy == "observe" or found is None or (slow and without and not _ruins(incident)):
             self._observed(turn, incident)
             treatment.note(incident, None)
         elif plan is None or without:
@@ -320,6 +379,14 @@ class Guard:
         self.port.forward_backward()
         self.port.commit(turn.outcome.reading)
         self.port.settle(Action.PROCEED, turn.outcome.reading, clean=False)
+
+
+def _ruins(incident: Incident) -> bool:
+    """A run that runs away for a cause that is named and has no remedy: every further step is lost."""
+    top = incident.diagnosis.top
+    if incident.trigger is not Trigger.RUNAWAY or top is None or not top.named:
+        return False
+    return not registry.load("causes", top.name).REMEDIES
 
 
 def loudest(amax: Mapping[str, float], count: int = 3) -> dict[str, float]:

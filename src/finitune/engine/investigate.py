@@ -6,9 +6,10 @@ It ends with a plan that was proved, or with none. Whoever called it decides wha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from finitune.core.incident import Diagnosis, Evidence, Incident, Phase, Result, Trial, Verdict
+from finitune.core.incident import Diagnosis, Evidence, Incident, Phase, Result, Trial, Trigger, Verdict
+from finitune.engine import spoilt
 from finitune.engine.case import Case
 from finitune.engine.diagnose import diagnose
 from finitune.engine.experimenting import experiment
@@ -53,9 +54,9 @@ def _examined(lab: Lab, entered: Callable[[Phase], None]) -> Case:
     case = lab.case
     try:
         entered(Phase.REPLAYING)
-        case = lab.case = same_again(lab, case)
+        case = lab.case = held_against_the_state(lab, same_again(lab, case))
         if case.verdict is not Verdict.REPRODUCED:
-            return case
+            return _told_of_the_undone(lab, case)
         entered(Phase.LOCALISING)
         try:
             case = lab.case = case.with_suspects(*localise(lab, case))
@@ -67,6 +68,21 @@ def _examined(lab: Lab, entered: Callable[[Phase], None]) -> Case:
         return experiment(lab, case)
     except BudgetSpent:
         return lab.case
+
+
+def held_against_the_state(lab: Lab, case: Case) -> Case:
+    """What the state held before the failing update already does not fail anew, and does not come and go either."""
+    if case.trigger is not Trigger.UPDATE or case.verdict is not Verdict.NOT_REPRODUCED:
+        return case
+    bad = any(spoilt.is_bad(name, tensor) for name, tensor in lab.before.tensors.items())
+    return replace(case, verdict=Verdict.REPRODUCED) if bad else case
+
+
+def _told_of_the_undone(lab: Lab, case: Case) -> Case:
+    """An update was undone, and from the state computed anew it does not fail: what the state of then held."""
+    if case.trigger is not Trigger.UPDATE or case.verdict is not Verdict.NOT_REPRODUCED:
+        return case
+    return case.with_suspects(*spoilt.suspects(case.finding.data.get("places"), lab.before.tensors))
 
 
 def _not_localised(error: Exception) -> Evidence:

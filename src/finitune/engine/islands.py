@@ -3,6 +3,8 @@
 A pair of hooks around the module's forward. Before it: half-precision regions are switched off
 (``numerics/compute.py``), half inputs are widened, and half weights are replaced for the call by widened ones, inside
 the graph, so that gradients come back to the real ones. After it, also after an exception: all of that is taken back.
+The backward pass of an island is one of fp32 as well, even where it is started inside of a half-precision region:
+autocast would round the wide operands of its products to half again, and what is beyond 65504 would be inf after all.
 Outputs stay fp32 under autocast, where the operations around cast by themselves; in a model whose weights are half they
 get the half dtype again, for the rest of the model could not take fp32 (a number beyond 65504 does not pass then).
 """
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from finitune.engine.conditions import NotPossible
 from finitune.numerics.casting import HALF_DTYPES
-from finitune.numerics.compute import computed_in, devices
+from finitune.numerics.compute import autocast_regions, computed_in, devices, restore_autocast
 
 _Slots = dict[str, Any]
 
@@ -78,6 +81,8 @@ class Visit:
     region: _Region
     back_to: torch.dtype | None
     """Dtype that floating outputs are given back in; None: as they come."""
+    mixed: bool
+    """It was called inside of a half-precision region, so its backward may be as well."""
 
 
 class Island:
@@ -100,16 +105,18 @@ class Island:
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         mixed = any(torch.is_autocast_enabled(d) for d in devices())
-        visit = Visit(self, _Region(module), None if mixed else _half_of((args, kwargs), module))
+        visit = Visit(self, _Region(module), None if mixed else _half_of((args, kwargs), module), mixed)
         visit.region.__enter__()
         self._visits.append(visit)
         return mapped(_widened, args), mapped(_widened, kwargs)
 
-    def _leave(self, _module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+    def _leave(self, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if not self._visits or self._visits[-1].island is not self:  # another hook failed before ours ran
             return None
         visit = self._visits.pop()
         visit.region.__exit__()
+        if visit.mixed:
+            _backward_in_fp32((args, kwargs), output)
         dtype = visit.back_to
         if dtype is None:
             return None
@@ -122,6 +129,48 @@ def abandon(visits: list[Visit]) -> bool:
     while visits:
         visits.pop().region.__exit__()
     return found
+
+
+def _backward_in_fp32(inputs: Any, output: Any) -> None:
+    """Whatever region the backward pass is started in: the nodes between inputs and output run outside of it."""
+    done = set(_nodes(inputs))
+    waiting = [n for n in _nodes(output) if n not in done]
+    while waiting:
+        node = waiting.pop()
+        if node in done:
+            continue
+        done.add(node)
+        _without_autocast(node)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+
+
+def _nodes(nest: Any) -> list[Node]:
+    """What made the tensors of a nest, as autograd recorded it."""
+    found: list[Node] = []
+
+    def look(value: Tensor) -> Tensor:
+        if value.grad_fn is not None:
+            found.append(value.grad_fn)
+        return value
+
+    mapped(look, nest)
+    return found
+
+
+def _without_autocast(node: Node) -> None:
+    regions: list[dict[str, tuple[bool, torch.dtype]]] = []
+
+    def before(_gradients: Any) -> None:
+        regions.append(autocast_regions())
+        for device, (enabled, _) in regions[-1].items():
+            if enabled:
+                torch.set_autocast_enabled(device, False)
+
+    def after(_made: Any, _gradients: Any) -> None:
+        restore_autocast(regions.pop())
+
+    node.register_prehook(before)
+    node.register_hook(after)
 
 
 def check_island(name: str, module: nn.Module) -> None:

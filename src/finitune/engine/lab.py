@@ -27,7 +27,7 @@ from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import WHOLE, Ask, ReplayPort
 from finitune.engine.snapshot import Snapshot
 from finitune.numerics.seeds import generators_kept
-from finitune.numerics.statecheck import bad_tensors
+from finitune.numerics.statecheck import ABSURD, bad_tensors
 
 # Memory for copies of earlier states during one investigation; at least one is kept.
 _STATES_BYTES = 2 * 2**30
@@ -86,7 +86,7 @@ class Lab:
         self.port, self.case, self.before, self.budget = port, case, before, budget
         self.now = port.conditions
         """The conditions in force when the step failed."""
-        self._bad_before = frozenset(bad_tensors(before.tensors.items()))
+        self._bad_before = frozenset(bad_tensors(before.tensors.items(), ABSURD))
         self._state_at = state_at
         self._states: dict[int, Snapshot | None] = {before.step: before}
 
@@ -123,8 +123,8 @@ class Lab:
         return Shot(reading, bool(bad), bad)
 
     def _made_bad(self) -> tuple[str, ...]:
-        """State tensors that are not finite now and were before the failing step."""
-        return tuple(n for n in bad_tensors(self.port.state_tensors()) if n not in self._bad_before)
+        """State tensors that are not finite (or absurdly large) now and were sound before the failing step."""
+        return tuple(n for n in bad_tensors(self.port.state_tensors(), ABSURD) if n not in self._bad_before)
 
     @contextmanager
     def under(self, conditions: Conditions | None) -> Iterator[None]:

@@ -53,7 +53,18 @@ def localise(lab: Lab, case: Case) -> tuple[Suspect, ...]:
     with generators_kept():
         if case.trigger is Trigger.UPDATE:
             return tuple(_update(lab))
+        if case.trigger is Trigger.RUNAWAY:
+            return tuple(_of_the_last_step(lab))
         return tuple(_traced(lab.port, case.trigger))
+
+
+def _of_the_last_step(lab: Lab) -> list[Suspect]:
+    """The step that was committed when the failure was seen: the next batch need not be at hand."""
+    before = lab.state_at(lab.before.step - 1)
+    if before is None:
+        return _traced(lab.port, Trigger.RUNAWAY)
+    with lab.standing_at(before):
+        return _traced(lab.port, Trigger.RUNAWAY)
 
 
 def _traced(port: ReplayPort, trigger: Trigger) -> list[Suspect]:

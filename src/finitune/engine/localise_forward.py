@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,9 +78,17 @@ def _layout(batch: Any, units: Sequence[Unit]) -> Layout:
 
 def places_of(origin: Origin, layout: Layout, model: nn.Module) -> Places | None:
     """The rows and tokens an origin's bad values belong to; None where its shape does not tell."""
-    mask, shape = origin.mask, tuple(origin.data.get("out_shape", ()))
+    known = _places(origin.mask, tuple(origin.data.get("out_shape", ())), layout, model)
+    if known is not None or origin.mask is None or origin.mask.numel() != 1:
+        return known
+    spread = (_places(mask, shape, layout, model) for shape, mask in origin.spread.items())
+    found = next((p for p in spread if p is not None and 0 < len(p.rows) < layout.num_rows), None)
+    return Places(found.rows) if found is not None else None
+
+
+def _places(mask: torch.Tensor | None, shape: tuple[int, ...], layout: Layout, model: nn.Module) -> Places | None:
     num_rows, width = layout.num_rows, layout.width
-    if mask is None or not shape or not num_rows:
+    if mask is None or not shape or not num_rows or mask.numel() != math.prod(shape[:-1] or shape):
         return None
     bad_BT = _by_token(mask, shape, num_rows, width) if width else None
     if bad_BT is not None:
@@ -92,7 +101,7 @@ def places_of(origin: Origin, layout: Layout, model: nn.Module) -> Places | None
 
 def _by_token(mask: torch.Tensor, shape: tuple[int, ...], num_rows: int, width: int) -> torch.Tensor | None:
     """The mask as (rows, tokens); a loss over shifted labels has one token less."""
-    if shape[:2] == (num_rows, width):
+    if shape[:2] == (num_rows, width) and len(shape) > 2:
         return mask.reshape(num_rows, width, -1).any(dim=2)
     if len(shape) == 4 and shape[0] == num_rows and shape[2] == width:  # (rows, heads, tokens, size)
         return mask.reshape(num_rows, -1, width).any(dim=1)
@@ -109,6 +118,8 @@ def suspects_of_origin(origin: Origin, layouts: Sequence[Layout], model: nn.Modu
     data = {**origin.data, "micro": origin.micro, "phase": "backward" if origin.backward else "forward"}
     data |= {"module": origin.module, **(places.to_json() if places else {})}
     data.pop("out_shape", None)
+    table = is_table(model, owner_of(origin.name) if origin.kind == "parameter" else origin.module)
+    data |= {} if table is None else {"table": table}
     if origin.kind == "op":
         found = [*_operation(origin, data), *_empty_rows(origin, model)]
     else:
@@ -156,6 +167,30 @@ def _source(origin: Origin, data: dict[str, Any], layout: Layout, model: nn.Modu
     if is_part(origin.module):
         found.append(Suspect("module", origin.module, reader))
     return [*found, Suspect("op", f"{data.get('op', '?')} in {origin.module}", reader)]
+
+
+def is_table(model: nn.Module, name: str) -> bool | None:
+    """Whether a module has a row for each token id: the embedding of the tokens, or an output head; None: not known.
+
+    What is called an embedding may be another one: of patches, positions, time.
+    """
+    module = _module(model, name) if is_part(name) else None
+    weight = getattr(module, "weight", None)
+    if module is None or not isinstance(weight, torch.Tensor):
+        return None if module is None else False
+    counts = _vocabulary_sizes(model)
+    return None if not counts else weight.dim() == 2 and len(weight) in counts
+
+
+def _vocabulary_sizes(model: nn.Module) -> set[int]:
+    """Rows of the embedding of the tokens, where the model tells; else of all its embeddings."""
+    try:
+        told = getattr(model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError, TypeError):
+        told = None
+    if isinstance(told, torch.Tensor) and told.dim() == 2:
+        return {len(told)}
+    return {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:

@@ -4,7 +4,8 @@ An operation that makes NaN or inf from finite inputs is an *origin*; so is a te
 touched it (a weight, a buffer, the batch). Bad values carry the numbers of their origins from tensor to tensor, by
 storage, so that the loss, or a gradient, tells which origins it has. An inf that is masked away later leaves no trace
 in the loss and is never blamed. Constants of -inf (attention masks, vocabulary masks) are lawful as long as they stay
--inf: the operation that makes a NaN or +inf of them is the origin.
+-inf, and so is what becomes -inf of a mask that holds the lowest number of its format: the operation that makes a NaN
+or +inf of them is the origin.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CONSTANT = -1
 UNSEEN = -2
 """The origin of what a backward made that was not looked at, because the loss was bad already."""
 _MAX_MEASURED = 64
+_MAX_SPREAD = 4
 _UNSET_SEQUENCE_NR = 2**63
 
 # They give memory whose content means nothing yet.
@@ -64,6 +66,8 @@ class Origin:
     data: dict[str, Any] = field(default_factory=dict)
     mask: torch.Tensor | None = None
     """Which places of the output are bad, the last dimension reduced; on the host."""
+    spread: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    """Of a single number: by shape, the same of tensors that it made bad in part, as they were last."""
 
 
 class _Input(NamedTuple):
@@ -224,7 +228,18 @@ class OpTrace(TorchDispatchMode):
             numbers = self._new_op(func, args, kwargs, bad[0].tensor, inputs)
         for one in bad:
             self._mark(one.tensor, numbers)
+        self._spread(bad[0].tensor, numbers)
         self._first_readers(name, bad[0].tensor)
+
+    def _spread(self, out: torch.Tensor, numbers: frozenset[int]) -> None:
+        """A single number (of a group, of a row) has no place in the batch; what it went into may have one."""
+        lone = [o for n in numbers if n >= 0 and (o := self.origins[n]).kind == "op" and _is_lone(o)]
+        if not lone or out.dim() == 0 or _in_backward():
+            return
+        shape, mask = tuple(out.shape), _mask(out)
+        for origin in lone:
+            if not mask.all() and (shape in origin.spread or len(origin.spread) < _MAX_SPREAD):
+                origin.spread[shape] = mask
 
     def _carry(self, args: Any, outputs: Any) -> None:
         owner = self._owner(t for t in args if isinstance(t, torch.Tensor))
@@ -263,7 +278,7 @@ class OpTrace(TorchDispatchMode):
                 held |= self._held(one.tensor)
         if held - {CONSTANT}:
             return held
-        lawful = bool(held) or _writes_minus_inf(args, kwargs)
+        lawful = bool(held) or _writes_minus_inf(args, kwargs) or any(_is_lowest(i) for i in inputs)
         return frozenset({CONSTANT}) if lawful and all(o.only_minus_inf for o in bad) else frozenset()
 
     def _held(self, tensor: torch.Tensor) -> frozenset[int]:
@@ -334,6 +349,17 @@ class _Aside:
     def __exit__(self, *error: Any) -> None:
         self._function.__exit__(*error)
         torch._C._set_grad_enabled(self._grad)
+
+
+def _is_lone(origin: Origin) -> bool:
+    """A forward operation that gave one number."""
+    return not origin.backward and origin.mask is not None and origin.mask.numel() == 1
+
+
+def _is_lowest(one: _Input) -> bool:
+    """It holds the lowest number of its format: a mask. Added twice or cast to a smaller format, that is -inf."""
+    real = one.tensor.is_floating_point() and one.tensor.element_size() > 1
+    return real and not one.bad and one.low == torch.finfo(one.tensor.dtype).min
 
 
 def _in_backward() -> bool:

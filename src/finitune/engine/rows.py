@@ -2,7 +2,8 @@
 
 A part of the batch is computed with the other places holding copies of it, so that width, batch size and kernels stay.
 A part that fails is split until single units are left. Two culprits are both found; where both halves of a failing
-part are good, it fails only as a combination. In the end the rest, without the culprits, must be good.
+part are good, it fails only as a combination. In the end the rest, without the culprits, must be good. Copies may make
+a row good that fails for being alone (in its group, say): then the localisation, or leaving it out, tells.
 
 Source: Dorfman 1943, "The detection of defective members of large populations", with splitting in halves.
 """
@@ -97,6 +98,14 @@ class _Search:
             self.combinations.append(part)
         return failing
 
+    def leave_out(self) -> None:
+        """Every part is good, as copies of a row are company for it: the one row without which the others are good."""
+        if len(self.units) > _SMALL_BATCH:
+            return
+        missed = [u for u in self.all if not self.bad(tuple(v for v in self.all if v != u))]
+        if len(missed) == 1:
+            self.culprits, self.combinations = set(missed), []
+
     def rest(self) -> Part:
         """The units that are not accused."""
         accused = self.culprits.union(*self.combinations)
@@ -140,6 +149,9 @@ def _run(search: _Search, hint: Part) -> None:
     if hint and rest and not search.bad(rest):
         if search.bad(hint):
             search.split(hint)
+        else:
+            # Copies of a row are company for it (groups, contrasts): it fails among others, and without it they do not.
+            search.culprits |= set(hint)
     else:
         search.split(search.all)
     for _ in range(_MAX_ROUNDS):
@@ -147,6 +159,8 @@ def _run(search: _Search, hint: Part) -> None:
         if search.too_many or not rest or not search.bad(rest):
             return
         search.split(rest)
+    if search.combinations == [search.all]:
+        search.leave_out()
     if search.rest():
         search.bad(search.rest())
 

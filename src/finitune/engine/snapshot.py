@@ -1,8 +1,8 @@
 """Snapshots: whole training states in memory, under a byte budget.
 
 The buffers live on the host, are allocated when a slot is first filled and are used again for ever after; one
-``_foreach_copy_`` fills them. Only what trains is copied. Each snapshot carries a fingerprint, so that a state that
-was changed in memory is found out before anybody returns to it.
+``_foreach_copy_`` fills them. Only what trains is copied. Each snapshot carries a seal, so that a state that was
+changed in memory is found out before anybody returns to it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import torch
 
 from finitune.engine.port import Port
 from finitune.numerics.fingerprint import Fingerprint, fingerprint
+from finitune.numerics.seal import Seal, seal
 
+_COST_SHARE = 0.005
+"""Of the steps' time. A copy and its seal are cheap enough to come often all the same."""
 # torch's CPU allocator on Linux and on Windows, and pinned host memory.
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
@@ -42,10 +45,11 @@ class Buffers:
             torch._foreach_copy_(list(targets.values()), [t.detach() for t in named.values()])
         return targets, port.state_record()
 
-    def take(self, port: Port) -> Snapshot:
-        """A snapshot of the port's present state."""
+    def take(self, port: Port, *, marked: bool = False) -> Snapshot:
+        """A snapshot of the port's present state; ``marked``: fingerprinted at once."""
         tensors, record = self.copy(port)
-        return Snapshot(tensors, record, fingerprint(tensors.items(), record), self)
+        mark = fingerprint(tensors.items(), record) if marked else None
+        return Snapshot(tensors, record, seal(tensors.items(), record), self, mark)
 
     def _buffer(self, name: str, like: torch.Tensor) -> torch.Tensor:
         held = self._held.get(name)
@@ -62,9 +66,18 @@ class Snapshot:
 
     tensors: dict[str, torch.Tensor]
     record: dict[str, Any]
-    mark: Fingerprint
+    seal: Seal
+    """Tells whether its bits are still those that were copied."""
     home: Buffers
     """The memory its tensors live in; overwritten when the ring uses it again."""
+    _mark: Fingerprint | None = None
+
+    @property
+    def mark(self) -> Fingerprint:
+        """Its fingerprint, made when it is first asked for: most snapshots are never compared with a journal."""
+        if self._mark is None:
+            self._mark = fingerprint(self.tensors.items(), self.record)
+        return self._mark
 
     @property
     def step(self) -> int:
@@ -83,7 +96,7 @@ class Snapshot:
 
     def intact(self) -> bool:
         """Whether its bits are still those that were copied."""
-        return fingerprint(self.tensors.items(), self.record).digest == self.mark.digest
+        return self.seal.holds(self.tensors.items(), self.record)
 
     def restore(self, port: Port) -> None:
         """Make it the training state. Raises KeyError or ValueError where it is another model's."""
@@ -117,7 +130,7 @@ class Distance:
 class SnapshotRing:
     """The snapshots of a run: the newest, and older ones ever further apart, within a byte budget."""
 
-    def __init__(self, num_slots: int, *, cost_share: float = 0.01) -> None:
+    def __init__(self, num_slots: int, *, cost_share: float = _COST_SHARE) -> None:
         self.num_slots = num_slots
         self.distance = Distance(cost_share)
         self.taken: list[Snapshot] = []
@@ -128,7 +141,7 @@ class SnapshotRing:
 
     @classmethod
     def within(
-        cls, budget_bytes: int, snapshot_bytes: int, *, max_count: int, cost_share: float = 0.01
+        cls, budget_bytes: int, snapshot_bytes: int, *, max_count: int, cost_share: float = _COST_SHARE
     ) -> SnapshotRing:
         """As many slots as fit ``budget_bytes``, at most ``max_count``; none where not even one fits."""
         fitting = budget_bytes // max(1, snapshot_bytes)
@@ -204,8 +217,8 @@ def dispensable(steps: list[int]) -> int:
 
 
 def as_snapshot(port: Port) -> Snapshot:
-    """A copy of the present state in memory of its own."""
-    return Buffers().take(port)
+    """A copy of the present state in memory of its own; fingerprinted at once, before anybody works with it."""
+    return Buffers().take(port, marked=True)
 
 
 def copy_over(tensors: Mapping[str, torch.Tensor], held: Mapping[str, torch.Tensor]) -> None:

@@ -5,17 +5,23 @@ The guard's memory (``port.state.guard``) holds
     given       conditions that may be given back: the step at which that is tried, the wait after a refusal,
                 and the values of before, of these fields only: what other cures changed since stays
     quiet       kinds of failure without a cure that are not investigated again before a step
+    waits       how many steps that were, by kind: the next wait is twice as long
+    watch       the level that a run which ran away has to come back to, the step since when it is watched, and the
+                distance of the first look
+    accepted    the losses of data that changed: up to them a run does not run away, until a step
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finitune.core.errors import Halted
-from finitune.core.incident import Incident, Safety, Trigger
-from finitune.core.types import Finding
+from finitune.core.incident import Incident, Result, Safety, Trigger
+from finitune.core.types import Finding, Reading
+from finitune.detectors.runaway import RUNAWAY
 from finitune.engine.codes import STATE_NOT_FINITE
 from finitune.engine.codes_guard import INCIDENT_HALT
 from finitune.engine.conditions import Conditions, NotPossible
@@ -34,7 +40,21 @@ if TYPE_CHECKING:
 # Half precision is given back only where a module may still double.
 _GIVE_BACK_BITS = 1.0
 _LONGEST_WAIT_STEPS = 10_000
-_QUIET_STEPS = 64
+# A run that ran away, and what was found is no cure: more batches may be at hand soon. Then later and later.
+_QUIET_STEPS, _LONGEST_QUIET_STEPS = 8, 512
+# Looks at the level after a run that ran away, in distances of the first look.
+_LOOKS = (1, 2, 4, 8)
+_LEVEL_LOSSES = 8
+MAX_LEVEL = 1.15
+"""A level within this factor of that of before counts as come back, where the spread of the losses is not known."""
+# After so many steps the statistics know a new level themselves.
+_ACCEPTED_STEPS = 256
+_AS_HIGH = 0.8
+"""Losses at hardly any rate that are so much of those at the run's rate: the rate has nothing to do with them."""
+# Incidents that may give up rows: a share of the rows that were trained on; beyond it the data are not the reason.
+_ROWS, _ROWS_SHARE, _FEWEST_ROWS = "skip_rows", 0.05, 8
+_RUN_ITSELF = (Trigger.RUNAWAY,)
+"""Failures of the run rather than of a step: whether they are over, only the level of the losses tells."""
 
 
 class Treatment:
@@ -56,6 +76,10 @@ class Treatment:
             incident.steps_lost = max(0, self.port.state.step - plan.to_step)
             self._go_back(plan.to_step, incident)
         _remember(memory, incident, plan.conditions)
+        for told in ("quiet", "waits"):
+            memory.get(told, {}).pop(incident.trigger.value, None)
+        if incident.trigger in _RUN_ITSELF or plan.remedy == "lower_lr":
+            self._watch(memory, incident, max(1, self.probation_steps // 2))
         if plan.temporary and plan.conditions != was:
             until = self.port.state.step + incident.steps_lost + self.probation_steps
             before = {**plan.conditions.replaced_in(was), **memory.get("given", {}).get("before", {})}
@@ -66,7 +90,13 @@ class Treatment:
         """Remember an incident that changed nothing."""
         memory = copy.deepcopy(self.memory)
         _remember(memory, incident, conditions or self.port.conditions)
-        memory.setdefault("quiet", {})[incident.trigger.value] = self.port.state.step + _QUIET_STEPS
+        kind = incident.trigger.value
+        waited = memory.get("waits", {}).get(kind)
+        wait = _QUIET_STEPS if waited is None else min(2 * waited, _LONGEST_QUIET_STEPS)
+        memory.setdefault("waits", {})[kind] = wait
+        memory.setdefault("quiet", {})[kind] = self.port.state.step + wait
+        if incident.trigger in _RUN_ITSELF:
+            self._accept(memory, incident) if _is_of_the_data(incident) else self._watch(memory, incident, wait)
         self._write(incident.number, self.port.conditions, (), memory, redo=True)
         self.port.state.guard = memory
 
@@ -114,6 +144,16 @@ class Treatment:
         except Unreachable:
             return None
 
+    def _watch(self, memory: dict[str, Any], incident: Incident, every: int) -> None:
+        """Look at the level of the losses from now on: it has to come back to that of before."""
+        found = next((e.numbers for e in incident.evidence if e.experiment == "lower_lr"), {})
+        before = found.get("median_loss", incident.finding.data.get("before"))
+        if not isinstance(before, float) or not math.isfinite(before):
+            return
+        near = found.get("near")
+        near = near if isinstance(near, float) and math.isfinite(near) else max(MAX_LEVEL * before, before + 0.1)
+        memory["watch"] = {"since": incident.step, "every": every, "before": before, "near": near}
+
     # -- afterwards -------------------------------------------------------------------------------------------
 
     def is_known(self, trigger: Trigger) -> bool:
@@ -122,12 +162,55 @@ class Treatment:
         slow = trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT)
         return slow and until is not None and self.port.state.step < until
 
+    def _accept(self, memory: dict[str, Any], incident: Incident) -> None:
+        """The data changed: losses as they are now are the usual ones."""
+        memory.pop("watch", None)
+        losses = [*self._recent_losses(), float(incident.finding.data.get("loss", 0.0))]
+        memory["accepted"] = {
+            "loss": max(x for x in losses if math.isfinite(x)),
+            "until": incident.step + _ACCEPTED_STEPS,
+        }
+
+    def is_accepted(self, reading: Reading) -> bool:
+        """A loss that the data account for, as an incident has shown."""
+        accepted = self.memory.get("accepted")
+        return accepted is not None and reading.step <= accepted["until"] and reading.loss <= accepted["loss"]
+
+    def _recent_losses(self) -> list[float]:
+        """Of the newest committed steps. Of a run that went back, what was lost on the way is not among them."""
+        return [math.exp(min(x, 700.0)) for x in self.port.state.history.log_loss.tail(_LEVEL_LOSSES)]
+
+    def not_back(self, reading: Reading) -> Finding | None:
+        """After a run that ran away: the level of the losses has not come back where it is looked at, now and then."""
+        watch = self.memory.get("watch")
+        if watch is None or reading.step - watch["since"] not in [n * watch["every"] for n in _LOOKS]:
+            return None
+        recent = self._recent_losses()
+        level = median(recent) if recent else math.nan
+        if not level > watch["near"]:
+            return None
+        numbers = {"before": watch["before"], "count": len(recent), "lowest": min(recent)}
+        return RUNAWAY.find(step=reading.step, loss=reading.loss, **numbers)
+
+    def level_before(self) -> float | None:
+        """The usual loss of before a run ran away, while that is being watched."""
+        watch = self.memory.get("watch")
+        if watch is None or self.port.state.step - watch["since"] > _LOOKS[-1] * watch["every"]:
+            return None
+        return float(watch["before"])
+
     def is_spent(self, incident: Incident, plan: Plan, max_relapses: int) -> bool:
         """The same cause at the same place has come back too often. What is harmless may come back for ever."""
         top = incident.diagnosis.top
         if top is None or plan.fate is BatchFate.PASS or (plan.fate is BatchFate.SKIP and plan.safety is Safety.SAFE):
             return False
-        same = [i for i in self.memory.get("incidents", ()) if (i["code"], i["where"]) == (top.code, top.where)]
+        told = self.memory.get("incidents", ())
+        same = [i for i in told if (i["code"], i["where"]) == (top.code, top.where)]
+        if plan.remedy == _ROWS:  # each gave up other rows, which share a place: there may be more of them
+            given_up = [i for i in told if i["remedy"] == _ROWS]
+            same = [i for i in same if i["remedy"] != _ROWS]
+            most = max(_FEWEST_ROWS, int(_ROWS_SHARE * self.port.state.step * max(1, len(incident.rows))))
+            return len(same) >= max_relapses or len(given_up) >= most
         return len(same) >= max_relapses
 
     def relax(self) -> None:
@@ -199,3 +282,12 @@ def halted_by(incident: Incident) -> Halted:
         tried=len(incident.trials),
         replays=incident.replays,
     )
+
+
+def _is_of_the_data(incident: Incident) -> bool:
+    """From before the rise, over the same batches, hardly any rate gives losses as high as the run's rate."""
+    found = next((e for e in incident.evidence if e.experiment == "lower_lr"), None)
+    if found is None or found.result is not Result.BAD or not found.numbers.get("losses"):
+        return False
+    still, same = list(found.numbers["losses"]), list(found.numbers["losses_same"])[: len(found.numbers["losses"])]
+    return len(same) == len(still) and same[-1] > same[0] and still[-1] >= _AS_HIGH * same[-1]

@@ -9,7 +9,7 @@ from finitune.core.types import Finding, Judgement, Reading, Severity
 from finitune.engine.policy import Action, is_scale_overflow
 
 # Codes that name a failure which no single step shows.
-_RUNAWAY = ("OPT002", "OPT003")
+RUNAWAY_CODES = ("OPT002", "OPT003")
 _FORECAST = ("NUM031",)
 _HARMLESS = ("DAT100",)
 
@@ -23,7 +23,7 @@ def triage(judgement: Judgement, reading: Reading, action: Action, *, act_on_for
         return None
     codes = {f.code for f in judgement.findings}
     if action is Action.PROCEED:
-        if codes.intersection(_RUNAWAY):
+        if codes.intersection(RUNAWAY_CODES):
             return Trigger.RUNAWAY
         return Trigger.FORECAST if act_on_forecast and codes.intersection(_FORECAST) else None
     if codes.intersection(_HARMLESS):
@@ -37,7 +37,7 @@ def triage(judgement: Judgement, reading: Reading, action: Action, *, act_on_for
 
 def cause_of(trigger: Trigger, judgement: Judgement) -> Finding:
     """The finding that a failure is filed under: the gravest that asked for a veto, or the one that triggered it."""
-    wanted = {Trigger.RUNAWAY: _RUNAWAY, Trigger.FORECAST: _FORECAST}.get(trigger)
+    wanted = {Trigger.RUNAWAY: RUNAWAY_CODES, Trigger.FORECAST: _FORECAST}.get(trigger)
     grave = [Severity.ERROR, Severity.WARNING, Severity.NOTE]
     if wanted is not None:
         found = [f for f in judgement.findings if f.code in wanted]

@@ -99,13 +99,10 @@ def _numbers_of(data: Mapping[str, Any]) -> list[str]:
         return [
             text("incidents.where.beyond", value=_whole(data["value"]), dtype=dtype, limit=_whole(limit), **numbers)
         ]
-    if "amax" in data:
-        key = "incidents.where.amax_only" if limit is None else "incidents.where.amax"
-        parts.append(text(key, amax=_whole(data["amax"]), dtype=clean(dtype), limit=_whole(limit)))
-    if "input_amax" in data:
-        parts.append(text("incidents.where.input", input_amax=_whole(data["input_amax"])))
-    if "value" in data:
-        index = value_text(data.get("index", "?"))
+    if "amax" in data or "input_amax" in data:
+        parts += _made(data, dtype, limit)
+    if _is_known(data.get("value")) and "index" in data:
+        index = value_text(data["index"])
         parts.append(text("incidents.where.value", value=value_text(data["value"]), index=f"[{index}]"))
     if "since_step" in data:
         since = data["since_step"]
@@ -114,6 +111,31 @@ def _numbers_of(data: Mapping[str, Any]) -> list[str]:
     if "span" in data:
         parts.append(text("incidents.where.span", span=_span(data["span"])))
     return parts
+
+
+def _made(data: Mapping[str, Any], dtype: str, limit: float | None) -> list[str]:
+    """What an operation put out, and of what. A number that is not known, or of finite members only, is left out."""
+    parts = []
+    counts = {n: value_text(data.get(n)) for n in ("num_bad", "num_elements")}
+    if limit is None and _is_count(data.get("num_bad")) and _is_count(data.get("num_elements")):
+        what = "NaN" if data.get("nan") is True else "inf"
+        parts.append(text("incidents.where.made", what=what, **counts))
+    elif _is_known(data.get("amax")):
+        key = "incidents.where.amax_only" if limit is None else "incidents.where.amax"
+        parts.append(text(key, amax=_whole(data["amax"]), dtype=clean(dtype), limit=_whole(limit)))
+    if data.get("constant") is not None:  # its magnitude says nothing: -inf stands in it
+        parts.append(text("incidents.where.constant", value=value_text(data["constant"])))
+    elif _is_known(data.get("input_amax")):
+        parts.append(text("incidents.where.input", input_amax=_whole(data["input_amax"])))
+    return parts
+
+
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, (list, tuple, Mapping)) and not value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_beyond(value: Any, limit: float) -> bool:

@@ -38,7 +38,7 @@ def model_at(run: str, step: int) -> ModelAt:
     place = find_place(run)
     path = place.run_dir / JOURNAL_FILE
     recipe = stored_recipe(place)
-    prepared = prepare(recipe)
+    prepared = prepare(recipe, looked_at=False)
 
     def stored() -> Iterator[Base]:
         rollbacks = line_of(journal.read(path)).rollbacks

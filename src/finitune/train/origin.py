@@ -22,5 +22,5 @@ class Origin:
 
     def restore(self, port: Port) -> None:
         """Make it the training state. Raises UserError where the model's files are gone."""
-        fresh = prepare(self._recipe).port
+        fresh = prepare(self._recipe, looked_at=False).port
         port.restore(dict(fresh.state_tensors()), fresh.state_record())

@@ -32,6 +32,7 @@ from finitune.numerics.seeds import generators_kept
 from finitune.train import memory, optim, plan
 from finitune.train.codes_journal import NO_PARQUET
 from finitune.train.compute import Compute
+from finitune.train.look import look
 from finitune.train.recipe import Recipe
 from finitune.train.recipe_checks import notes
 from finitune.train.recipe_io import resolved_precision
@@ -60,8 +61,10 @@ class Prepared:
     snapshots: memory.SnapshotPlan
 
 
-def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
+def prepare(recipe: Recipe, checkpoint: Path | None = None, *, looked_at: bool = True) -> Prepared:
     """Build everything. With ``checkpoint`` the weights come from there (moments and state are loaded later).
+
+    ``looked_at`` False leaves out the look at weights and gradients (train/look.py): for a model that is not trained.
 
     Raises UserError or UserErrors for whatever the user can mend: model, data, precision, LoRA targets.
     """
@@ -83,6 +86,7 @@ def prepare(recipe: Recipe, checkpoint: Path | None = None) -> Prepared:
     planned = _plan(recipe, port, loaded, train_set, eval_set, choice, actual, total_steps, snapshots)
     findings = [*notes(recipe), *choice.findings, *loaded.report.findings, *train_set.findings]
     findings += [*memory.shortage(recipe, planned), *memory.finding(recipe, snapshots)]
+    findings += look(port) if looked_at else ()
     return Prepared(
         recipe,
         port,

@@ -27,6 +27,7 @@ from engine.causes.scenes import (
 from finitune.core import registry
 from finitune.core.incident import Suspect, Trigger, Verdict
 from finitune.core.types import Finding, Severity
+from finitune.engine.case import Case
 from finitune.engine.diagnose import diagnose
 
 
@@ -238,9 +239,80 @@ def test_where_clipping_holds_at_the_same_rate_the_rate_comes_second() -> None:
 
 @pytest.mark.parametrize("name", OF_CAUSES)
 def test_what_does_not_repeat_blames_neither_data_nor_rate(name: str) -> None:
-    """Whatever else is at hand."""
-    causes = diagnose(replace(OF_CAUSES[name], verdict=Verdict.NOT_REPRODUCED)).causes
-    assert [c.name for c in causes] == ["not_reproducible"]
+    """Whatever else is at hand. What an undone update is replayed on is a state computed anew: the old was wrong."""
+    of = replace(OF_CAUSES[name], verdict=Verdict.NOT_REPRODUCED)
+    causes = [(c.name, c.named) for c in diagnose(of).causes]
+    undone = [("corrupt_state", True), ("not_reproducible", False)]
+    assert causes == (undone if of.trigger is Trigger.UPDATE else [("not_reproducible", True)])
+
+
+def test_what_an_undone_update_held_is_told() -> None:
+    held = {"what": "undone", "index": [3, 1], "value": 1e30, "was": 0.02}
+    of = case(Trigger.UPDATE, verdict=Verdict.NOT_REPRODUCED, suspects=(Suspect("parameter", "layers.1.w", held),))
+    top = diagnose(of).top
+    assert top is not None
+    assert (top.code, top.where) == ("SYS403", "layers.1.w")
+    assert (top.data["index"], top.data["value"], top.data["was"]) == ([3, 1], 1e30, 0.02)
+
+
+# ---- a state that was changed from outside, and updates that are wrong ----
+
+
+COMPUTED_AGAIN = [
+    name
+    for name, of in OF_CAUSES.items()
+    if name not in ("nothing_supervised", "not_reproducible") and of.trigger not in (Trigger.FORECAST, Trigger.SILENT)
+]
+
+
+@pytest.mark.parametrize("name", COMPUTED_AGAIN)
+def test_a_state_that_was_changed_from_outside_is_nobody_elses_fault(name: str) -> None:
+    """What such a state makes of a step says nothing about the step."""
+    changed = Suspect("moment", "w|exp_avg", {"what": "changed", "index": [2], "value": 1e7, "was": 1e-7})
+    of = OF_CAUSES[name]
+    of = replace(of, evidence={**of.evidence, **evidence("redone_state")}, suspects=(*of.suspects, changed))
+    of = replace(of, evidence={k: v for k, v in of.evidence.items() if k not in ("scan_state", "reference_optimizer")})
+    found = diagnose(of).causes
+    assert [c.name for c in found] == ["corrupt_state"]
+    if not [s for s in of.suspects if s.data.get("since_step")]:
+        assert (found[0].named, found[0].where) == (not of.has_half_weights, "w|exp_avg")
+
+
+@pytest.mark.parametrize("trigger", [Trigger.LOSS, Trigger.GRADIENT, Trigger.RUNAWAY, Trigger.OUTLIER, Trigger.UPDATE])
+def test_wrong_updates_are_the_optimizers_and_not_the_moments(trigger: Trigger) -> None:
+    differs = {"max_rel_difference": 2.0, "parameter": "w"}
+    of = case(trigger, evidence=evidence("reference_optimizer fresh_moments", "", reference_optimizer=differs))
+    assert named(of)[0] == "optimizer_bug"
+    assert "corrupt_state" not in [c.name for c in diagnose(of).causes]
+
+
+# ---- loud rows of the vocabulary ----
+
+
+LOUD = Suspect("parameter", "embed_tokens.weight", {"what": "row_norm", "row": 64, "rows": [64, 65], "amax": 20.0})
+
+
+def loud(**fp32: float) -> Case:
+    found = evidence("scan_state vocabulary_rows fp32", "", vocabulary_rows={"guessing": 5.8, "tokens": [64, 65]})
+    found["fp32"] = replace(found["fp32"], numbers=fp32)
+    return case(facts=FP16, suspects=(*OVERFLOW, LOUD), evidence=found)
+
+
+def test_rows_out_of_scale_are_named_with_their_tokens_where_fp32_is_loud_too() -> None:
+    top = diagnose(loud(loss=141.0)).top
+    assert top is not None
+    assert (top.name, top.named) == ("vocabulary", True)
+    assert top.data["tokens"] == "64, 65"
+
+
+def test_rows_that_fp32_can_work_with_are_a_matter_of_range() -> None:
+    assert named(loud(loss=5.9)) == ["forward_overflow"]
+
+
+@pytest.mark.parametrize("trigger", [Trigger.RUNAWAY, Trigger.OUTLIER])
+def test_a_loud_start_is_the_rows(trigger: Trigger) -> None:
+    of = case(trigger, suspects=(LOUD,), evidence=evidence("scan_state vocabulary_rows"))
+    assert named(of)[0] == "vocabulary"
 
 
 @pytest.mark.parametrize("verdict", [None, Verdict.REPRODUCED, Verdict.NOT_REPLAYABLE])

@@ -75,8 +75,15 @@ BASE = {"supervised_tokens", "known_good_batch"}
             {"supervised_tokens", "bf16", "islands"},
         ),
         (case_of(Trigger.LOSS, FP16, ("known_good_batch",), ("fp32",)), {"supervised_tokens"}),
-        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch",)), {"supervised_tokens", "older_weights", "lower_lr"}),
-        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch", "older_weights")), {"supervised_tokens"}),
+        (
+            case_of(Trigger.LOSS, FP32, (), ("known_good_batch",)),
+            {"supervised_tokens", "older_weights", "lower_lr", "reference_optimizer"},
+        ),
+        (
+            case_of(Trigger.LOSS, FP32, (), ("known_good_batch", "older_weights")),
+            {"supervised_tokens", "reference_optimizer"},
+        ),
+        (case_of(Trigger.LOSS, PURE, (), ("known_good_batch", "older_weights", "fp32", "bf16")), {"supervised_tokens"}),
         (case_of(Trigger.LOSS, FP32, (), ("known_good_batch", "scan_state")), {"supervised_tokens"}),
         (case_of(Trigger.LOSS, FP32, ("rows", "known_good_batch"), ()), {"supervised_tokens"}),
         (case_of(Trigger.LOSS, FP16, ("fp32",), (), losses=RISE), BASE | {"bf16", "islands", "lower_lr"}),
@@ -88,7 +95,7 @@ BASE = {"supervised_tokens", "known_good_batch"}
         ),
         (
             case_of(Trigger.OUTLIER, SGD, (), ("known_good_batch",), data={"grad_norm": 50.0, "limit": 5.0}),
-            {"supervised_tokens", "older_weights", "lower_lr", "tighter_clip", "update_share"},
+            {"supervised_tokens", "older_weights", "lower_lr", "tighter_clip", "update_share", "reference_optimizer"},
         ),
         (case_of(Trigger.OUTLIER, FP32, ("known_good_batch",), ()), {"supervised_tokens", "let_pass", "update_share"}),
         (case_of(Trigger.SILENT, FP32), {"supervised_tokens", "update_share", "reference_optimizer"}),
@@ -107,6 +114,30 @@ BASE = {"supervised_tokens", "known_good_batch"}
 )
 def test_only_what_can_still_tell_something_is_wanted(case: Case, expected: set[str]) -> None:
     assert wanted(case) == expected
+
+
+LEAP = [*CALM, 90.0, 95.0]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (case_of(Trigger.LOSS, FP32), False),
+        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch",)), True),
+        (case_of(Trigger.LOSS, FP16, ("fp32",), ("known_good_batch",)), False),
+        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch", "scan_state")), False),
+        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch",), losses=[*CALM, 4.8, 7.0, 11.0, 17.0]), False),
+        (case_of(Trigger.LOSS, FP32, (), ("known_good_batch",), losses=[*LEAP, 99.0]), True),
+        (case_of(Trigger.RUNAWAY, FP32, losses=RISE), False),
+        (case_of(Trigger.RUNAWAY, FP32, losses=LEAP), True),
+        (case_of(Trigger.UPDATE, FP32), False),
+        (case_of(Trigger.FORECAST, FP16), False),
+    ],
+)
+def test_the_state_is_computed_again_where_it_changed_at_once_and_nothing_explains_it(
+    case: Case, expected: bool
+) -> None:
+    assert registry.load("experiments", "redone_state").wanted(case) is expected
 
 
 def test_nothing_else_is_wanted_where_nothing_is_supervised_and_no_gradient_is_spoilt() -> None:

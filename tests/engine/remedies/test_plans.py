@@ -245,16 +245,18 @@ def test_rows_are_left_alone_where_the_rest_is_bad_or_nothing_would_be_left(numb
 
 def test_a_lower_rate_needs_its_proof_and_goes_further_back_at_each_relapse() -> None:
     of = OF_CAUSES["learning_rate"]
-    steps = [(p.conditions.lr_factor, p.to_step) for p in plans("lower_lr", of)]
-    assert steps[:2] == [(0.5, 121), (0.1, 121)] or steps[0] == (0.1, 121)
-    half = replace(of, evidence=of.evidence | evidence("lower_lr", lower_lr={**COURSE, "half_good": True}))
-    found = plans("lower_lr", half)
-    assert [(p.conditions.lr_factor, p.to_step) for p in found] == [(0.5, 121), (0.1, 121), (0.1, 113)]
-    assert (found[0].conditions.warmup_from_update, found[0].conditions.warmup_steps) == (121, 4)
-    assert [p.to_step for p in plans("lower_lr", again(half, "lower_lr"))] == [121, 113]
-    assert [p.to_step for p in plans("lower_lr", again(half, "lower_lr", "lower_lr"))] == [113]
-    scaled = plans("lower_lr", half, Conditions(lr_factor=0.5))
-    assert scaled[0].conditions.lr_factor == 0.25
+    course = {**COURSE, "factor": 0.03, "warmup_from_update": 121, "warmup_steps": 3}
+    proved = replace(of, evidence=of.evidence | evidence("lower_lr", lower_lr=course))
+    found = plans("lower_lr", proved)
+    tried = [(pytest.approx(0.03), 121), (pytest.approx(0.01), 121), (pytest.approx(0.01), 113)]
+    assert [(p.conditions.lr_factor, p.to_step) for p in found] == tried
+    assert (found[0].conditions.warmup_from_update, found[0].conditions.warmup_steps) == (121, 3)
+    assert found[2].conditions.warmup_from_update == 113, "that much earlier, as it goes further back"
+    assert [p.to_step for p in plans("lower_lr", again(proved, "lower_lr"))] == [121, 121, 113]
+    assert [p.to_step for p in plans("lower_lr", again(proved, "lower_lr", "lower_lr"))] == [113]
+    scaled = plans("lower_lr", proved, Conditions(lr_factor=0.5))
+    assert scaled[0].conditions.lr_factor == pytest.approx(0.015), "of the rate in force"
+    assert plans("lower_lr", of)[0].conditions.warmup_from_update is None, "the schedule is warming up by itself"
     assert list(registry.load("remedies", "lower_lr").plans(case(), top(of), NOW)) == []
 
 

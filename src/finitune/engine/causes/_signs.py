@@ -17,6 +17,8 @@ FAILED = (Trigger.LOSS, Trigger.GRADIENT, Trigger.SCALE, Trigger.OUTLIER)
 SPOILT = (Trigger.LOSS, Trigger.GRADIENT, Trigger.SCALE, Trigger.UPDATE)
 """Kinds of failure with a NaN or inf in them."""
 
+# Products of two such numbers, summed over any width, stay far inside of the format.
+_SOUND, _SOUND_IN_FP16 = 2.0**40, 2.0**4
 # A gradient or an update that this step makes is no part of the state before it.
 _MADE_NOW = ("gradient", "update")
 _PREFIX = re.compile(r"^(aten|torch|prims|prim)[.:]+_*|^_+")
@@ -25,6 +27,7 @@ _SOFTMAX = re.compile(r"(?<!log_)softmax|scaled_dot_product|sdpa")
 _ATTENTION = re.compile(r"attn|attention|sdpa|scaled_dot_product|flash|(?<!log_)softmax")
 _ROUTER = re.compile(r"^(gate|gating|wg|\w*router\w*)$")
 _VOCABULARY = re.compile(r"embed|wte|lm_head|output_layer|word_emb|tok_")
+_CROSS_ENTROPIES = ("nll_loss_forward", "nll_loss2d_forward", "nll_loss")
 _SINGULAR = frozenset(
     (
         *("sqrt", "rsqrt", "log", "log2", "log10", "log1p", "expm1", "exp", "exp2", "div", "true_divide", "reciprocal"),
@@ -139,14 +142,32 @@ def is_softmax(case: Case) -> bool:
     return any(_SOFTMAX.search(o) for o in ops(case))
 
 
+def from_sound_numbers(case: Case) -> bool:
+    """The first bad number was made of finite numbers of ordinary size: the code made it, not the range of a format.
+
+    Where the operation was computed again in fp32 and is finite there, it is the range.
+    """
+    found = first(case, "op") or first(case, "module")
+    largest = number(of(found, "input_amax"))
+    if of(found, "input_finite") is not True or largest is None or number(of(found, "value")) is not None:
+        return False
+    untried = of(found, "value") is None and of(found, "dtype") == "float16"
+    return largest <= (_SOUND_IN_FP16 if untried else _SOUND)
+
+
+def breaks_backward(case: Case) -> bool:
+    """An operation of the backward pass makes a bad gradient of clean input and a clean incoming gradient."""
+    return phase(case) == "backward" and from_sound_numbers(case)
+
+
 def is_router(name: str) -> bool:
     """A module or parameter name has a router in it (``gate_proj`` of a plain MLP is none)."""
     return any(_ROUTER.match(part) for part in name.lower().split("."))
 
 
-def is_vocabulary(name: str) -> bool:
-    """A name of an embedding or of an output head."""
-    return bool(_VOCABULARY.search(name.lower()))
+def of_vocabulary(suspect: Suspect) -> bool:
+    """A table with a row for each token id, as far as the localisation saw it; else by its name."""
+    return suspect.data.get("table") is not False and bool(_VOCABULARY.search(suspect.name.lower()))
 
 
 def is_singular(case: Case) -> bool:
@@ -157,6 +178,25 @@ def is_singular(case: Case) -> bool:
 def in_loss(case: Case) -> bool:
     """The first bad operation sits behind the model, or where the model computes its own loss: in no part of it."""
     return first(case, "op") is not None and module(case) == ""
+
+
+def empty_micro(case: Case) -> int | None:
+    """The micro-batch (from 0) whose mean over no targets is NaN, although its logits are finite; None where none is.
+
+    The mean of torch's cross entropy divides by the number of targets: from finite numbers only 0 / 0 gives NaN. A
+    script's own division counts where no label of that micro-batch does.
+    """
+    found = first(case, "op")
+    micro = of(found, "micro")
+    if of(found, "nan") is not True or of(found, "input_finite") is not True or not isinstance(micro, int):
+        return None
+    own = in_loss(case) and is_singular(case) and micro in empty_micros(case)
+    return micro if own or op(case) in _CROSS_ENTROPIES else None
+
+
+def empty_micros(case: Case) -> tuple[int, ...]:
+    """Micro-batches (from 0) in which no label counts."""
+    return steps(case.number("supervised_tokens", "empty_micros", ()))
 
 
 # -- what experiments showed ----------------------------------------------------------------------------------------
@@ -206,11 +246,17 @@ def went_bad(case: Case) -> tuple[Suspect, ...]:
     where batches that went well in this very run fail on it now.
     """
     bad = bad_state(case)
-    others = any(since(s) is not None for s in bad)
+    others = any(since(s) is not None or was_sound(s) for s in bad)
     failed_since = (
         case.reading.step > 1 and case.bad("known_good_batch") and not case.number("known_good_batch", "num_good")
     )
-    return tuple(s for s in bad if since(s) is not None or (_is_undated(s) and (others or failed_since)))
+    known = (s for s in bad if since(s) is not None or was_sound(s) or (_is_undated(s) and (others or failed_since)))
+    return tuple(known)
+
+
+def was_sound(suspect: Suspect) -> bool:
+    """An earlier state, or the model that training began from, has the tensor sound."""
+    return number(suspect.data.get("sound_at")) is not None
 
 
 def _is_undated(suspect: Suspect) -> bool:

@@ -63,7 +63,9 @@ REMEDIES = ("math_attention", "skip_rows", "drop_batch")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named where the plain attention cures, or another width while the failure sits in attention."""
+    """Named where the plain attention cures, another width does while the failure sits in attention, or the backward
+    pass of attention makes a bad gradient of clean numbers.
+    """
     if case.trigger not in signs.FAILED:
         return None
     backward = signs.phase(case) == "backward"
@@ -72,9 +74,12 @@ def weigh(case: Case) -> Weight | None:
     reasons.proof(case.good("math_attention"), "math_attention", 0.85)
     reasons.proof(case.good("padding") and (inside or backward), "padding", 0.7 if inside else 0.4)
     reasons.hint(backward and inside, "localised", 0.3)
-    reasons.against(case.bad("math_attention"), "math_attention", 0.2 if not case.good("padding") else 0.6)
+    broken = inside and signs.breaks_backward(case)
+    reasons.proof(broken, "localised", 0.6)
+    still_bad = 0.6 if case.good("padding") or broken else 0.2
+    reasons.against(case.bad("math_attention"), "math_attention", still_bad)
     reasons.against(not backward and signs.is_softmax(case) and case.good("rows"), "rows", 0.7)
-    reasons.against(case.good("rows") and not case.good("padding", "math_attention"), "rows", 0.7)
+    reasons.against(case.good("rows") and not (broken or case.good("padding", "math_attention")), "rows", 0.7)
     reasons.against(case.good("loss_scales"), "loss_scales", 0.5)
     reasons.against(case.good("lower_lr"), "lower_lr", REFUTED)
     reasons.against(case.good("tighter_clip"), "tighter_clip", REFUTED)

@@ -80,6 +80,8 @@ def weigh(case: Case) -> Weight | None:
     # An operation that is finite nearly everywhere made it: the code and the row together are at fault.
     by_code = (signs.is_singular(case) or signs.is_softmax(case)) and not inputs
     reasons.against(by_code and signs.from_clean_input(case), "localised", 0.7)
+    # No data makes a bad gradient where the forward pass and the gradient that comes in are in order.
+    reasons.against(signs.breaks_backward(case) and not inputs, "localised", REFUTED)
     reasons.against(case.bad("supervised_tokens"), "supervised_tokens", 0.3)
     rows = signs.rows(case)
     return reasons.weight(

@@ -62,13 +62,18 @@ REMEDIES = ("repair_tensor", "skip_rows", "drop_batch")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named by the scan, where no earlier state is known in which the tensor was good."""
+    """Named by the scan, where the tensor was bad from the start, or nothing of the run could have written it.
+
+    Of a trained tensor whose past is out of reach that is only suspected.
+    """
     gone_bad = signs.went_bad(case)
     bad = [s for s in signs.bad_state(case) if s.kind != "moment" and s not in gone_bad]
     if not bad:
         return None
     reasons = Reasons()
-    reasons.proof(True, "scan_state", 0.9)
+    from_the_start = any(_is_from_the_start(s) for s in bad) or case.reading.step <= 1
+    reasons.hint(True, "scan_state", 0.9)
+    reasons.proof(from_the_start, "scan_state", 0.0)
     reasons.hint(case.good("rows"), "rows", 0.2)
     reasons.hint(case.bad("older_weights"), "older_weights", 0.2)
     reasons.against(case.good("older_weights"), "older_weights", 0.4)
@@ -81,3 +86,8 @@ def weigh(case: Case) -> Weight | None:
         row=signs.shown(worst.data.get("row")),
         value=signs.shown(worst.data.get("value")),
     )
+
+
+def _is_from_the_start(suspect: Suspect) -> bool:
+    fixed = suspect.kind == "buffer" or suspect.data.get("frozen") is True
+    return fixed or (suspect.data.get("since_exact") is True and suspect.data.get("since_step") is None)

@@ -36,9 +36,8 @@ CAUSE = Code(
     Severity.ERROR,
     Text(
         "cause: a tensor of the training state was corrupted",
-        "{where} is bad since step {since_step} (index {index}, value {value}); before it was good, and no update of "
-        "the "
-        "run wrote that value. Tensors concerned: {names}.",
+        "{where} is bad since step {since_step} (index {index}: {value}, it was {was}); before it was good, and no "
+        "update of the run wrote that value. Tensors concerned: {names}.",
         "Updates are checked before they are kept, so something else wrote into this memory: a flipped bit, a faulty "
         "device, a buffer that is shared by mistake, or a kernel that writes past its end.",
         (
@@ -49,8 +48,8 @@ CAUSE = Code(
     ),
     Text(
         "原因：训练状态中的一个张量被破坏",
-        "{where} 自第 {since_step} 步起异常（下标 {index}，值 {value}）；此前正常，且本次训练的更新没有写过该值。"
-        "涉及的张量：{names}。",
+        "{where} 自第 {since_step} 步起异常（下标 {index}：{value}，原为 {was}）；此前正常，"
+        "且本次训练的更新没有写过该值。涉及的张量：{names}。",
         "更新在保留之前都经过检查，因此是别的东西写了这块内存：比特翻转、设备故障、误共享的缓冲区，或越界写入的算子。",
         (
             "本次训练无需处理：该张量取自较早的状态，或其矩重新开始",
@@ -66,23 +65,18 @@ REMEDIES = ("retry", "repair_tensor", "reset_moments", "roll_back")
 
 def weigh(case: Case) -> Weight | None:
     """Named by the scan, where a tensor had been good; by fresh moments, where the state is finite; and by the replay,
-    where a bad moment is good after a redo of the steps before.
+    where an update that was undone is sound after a redo of the steps before.
     """
     gone = _mended_by_going_back(case)
-    if gone:
-        reasons = Reasons()
-        reasons.proof(True, "verdict", 0.97)
-        return reasons.weight(
-            gone[0],
-            names=signs.listed(gone),
-            since_step=signs.shown(case.reading.step),
-            index=signs.shown(None),
-            value=signs.shown(None),
-        )
-    bad = _went_bad(case)
+    if gone is not None:
+        return gone
+    bad = _went_bad(case) or _changed(case)
+    if case.good("reference_optimizer") and not bad:
+        return None  # the plain formula makes a good update of the very same moments: not they are wrong
     moments = case.trigger in (Trigger.UPDATE, Trigger.OUTLIER, Trigger.RUNAWAY)
     reasons = Reasons()
-    reasons.proof(bool(bad), "scan_state", 0.85)
+    reasons.proof(case.good("redone_state"), "redone_state", 0.95)
+    reasons.proof(bool(_went_bad(case)), "scan_state", 0.85)
     reasons.proof(moments and case.good("fresh_moments"), "fresh_moments", 0.7)
     reasons.hint(bool(bad) and case.good("older_weights"), "older_weights", 0.4)
     # fp16 weights are spoilt by their own updates as a rule; only a tensor that nothing writes is another matter.
@@ -92,8 +86,6 @@ def weigh(case: Case) -> Weight | None:
     reasons.against(case.good("fp32") and not bad, "fp32", 0.4)
     reasons.against(case.good("lower_lr"), "lower_lr", 0.5)
     reasons.against(case.bad("fresh_moments") and not bad, "fresh_moments", 0.2)
-    # The plain formula makes a good update of the very same moments: not they are wrong.
-    reasons.against(case.good("reference_optimizer") and not bad, "reference_optimizer", REFUTED)
     worst = bad[0] if bad else signs.first(case, "moment", "parameter")
     return reasons.weight(
         worst.name if worst is not None else case.finding.where,
@@ -101,14 +93,39 @@ def weigh(case: Case) -> Weight | None:
         since_step=signs.shown(signs.since(worst) if worst is not None else None),
         index=signs.shown(signs.of(worst, "index")),
         value=signs.shown(signs.of(worst, "value")),
+        was=signs.shown(signs.of(worst, "was")),
     )
 
 
-def _mended_by_going_back(case: Case) -> list[str]:
-    """Moments that the failing update found bad, and that are good where the state was computed anew up to there."""
+def _mended_by_going_back(case: Case) -> Weight | None:
+    """An update that failed is sound from the state that was computed anew: the state it found was another one.
+
+    Loss and gradients were finite and the optimizer's code is the same, so the values were in the memory before, or
+    were put there while the update ran.
+    """
     if case.trigger is not Trigger.UPDATE or case.verdict is not Verdict.NOT_REPRODUCED:
+        return None
+    told = [s for s in case.suspects_of("moment", "parameter") if s.data.get("what") == "undone"]
+    moments = signs.strings(case.finding.data.get("moments"))
+    names = tuple(s.name for s in told) or moments or signs.strings([case.finding.data.get("first")])
+    where = names[0] if names else case.finding.where
+    reasons = Reasons()
+    reasons.proof(True, "verdict", 0.97)
+    return reasons.weight(
+        where,
+        names=signs.listed(names or (where,)),
+        since_step=signs.shown(case.reading.step),
+        index=signs.shown(signs.of(told[0] if told else None, "index")),
+        value=signs.shown(signs.of(told[0] if told else None, "value")),
+        was=signs.shown(signs.of(told[0] if told else None, "was")),
+    )
+
+
+def _changed(case: Case) -> list[Suspect]:
+    """Tensors that come out otherwise when the steps before the failure are computed again."""
+    if not case.good("redone_state"):
         return []
-    return [str(n) for n in case.finding.data.get("moments", ()) or ()]
+    return [s for s in case.suspects_of("moment", "parameter") if s.data.get("what") == "changed"]
 
 
 def _went_bad(case: Case) -> list[Suspect]:

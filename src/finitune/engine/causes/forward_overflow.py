@@ -83,6 +83,8 @@ def weigh(case: Case) -> Weight | None:
     reasons.against(case.bad("bf16"), "bf16", 0.5)
     reasons.against(case.bad("scan_state"), "scan_state", 0.5)
     reasons.against(case.good("math_attention"), "math_attention", 0.6)
+    # Rows of the vocabulary that are far too large: whether fp32 works with them is for that cause to judge.
+    reasons.against(case.good("vocabulary_rows"), "vocabulary_rows", 0.7)
     # What leaves the range in attention are the scores, ahead of the softmax: a softmax that fails has another reason.
     reasons.against(signs.is_softmax(case), "localised", 0.4)
     reasons.against(case.good("let_pass"), "let_pass", 0.3)

@@ -53,13 +53,17 @@ CODES = (CAUSE,)
 FAULT_CLASS = "N"
 REMEDIES = ("let_pass",)
 
+_LIFTED = 2.0
+
 
 def weigh(case: Case) -> Weight | None:
     """Named where the step was let through and did no harm."""
     if case.trigger is not Trigger.OUTLIER:
         return None
     reasons = Reasons()
-    reasons.proof(case.good("let_pass"), "let_pass", 0.9)
+    # The losses around it stay as they were; but where they are lifted already, that shows nothing.
+    harmless = case.good("let_pass") and not _is_lifted(case)
+    reasons.proof(harmless, "let_pass", 0.9)
     reasons.against(case.bad("scan_state"), "scan_state", 0.1)
     reasons.against(signs.is_half(case) and case.good("fp32"), "fp32", 0.6)
     reasons.against(case.bad("update_share"), "update_share", 0.7)
@@ -70,6 +74,12 @@ def weigh(case: Case) -> Weight | None:
         before=signs.shown(_mean(case.number("let_pass", "before"))),
         after=signs.shown(_mean(case.number("let_pass", "after"))),
     )
+
+
+def _is_lifted(case: Case) -> bool:
+    """The losses before the step are far above the run's median: it is running away."""
+    before, usual = _mean(case.number("let_pass", "before")), signs.number(case.past.get("median_loss"))
+    return before is not None and usual is not None and before > max(_LIFTED * usual, usual + 1.0)
 
 
 def _mean(losses: object) -> float | None:

@@ -1,8 +1,8 @@
 """Learning rate: the steps are too long. Blamed only where a rollback with a smaller rate proved it.
 
 What it sees:
-    From a state some steps back, over the same batches: with a tenth (or half) of the rate the loss stays near that
-    of before, as the run went it does not. Without that experiment the rate is not even suspected, whatever the curve
+    From a state some steps back, over the same batches: with a smaller rate the loss stays near that of before, as
+    the run went it does not. Without that experiment the rate is not even suspected, whatever the curve
     looks like. A failure in fp16 that fp32 cures is one of range.
 
 Why it is bad:
@@ -35,26 +35,24 @@ CAUSE = Code(
     Severity.ERROR,
     Text(
         "cause: the learning rate is too high",
-        "From step {start_step}, over the same batches: the loss ends at {same} as the run went, at {half} with half "
-        "of "
-        "the rate and at {tenth} with a tenth; before it was {median_loss}. The rate was {lr}.",
+        "From step {start_step}, over the same batches: the loss ends at {same} as the run went and at {lower} with "
+        "{factor} of the rate; before it was {median_loss}. The rate was {lr}.",
         "The steps overshoot: each makes the loss larger, with finite numbers all along. This was proved on a replay "
         "of "
         "the same batches; precision and data were left as they are.",
         (
-            "learning_rate: {tenth_lr}, and warmup_ratio: 0.05",
+            "learning_rate: {lower_lr}, and warmup_ratio: 0.05",
             "go back to a checkpoint from before step {start_step}: what the model lost does not come back by itself",
             "in a script: the same rate in the optimizer and a linear warm-up over the first 5 % of the steps",
         ),
     ),
     Text(
         "原因：学习率过大",
-        "从第 {start_step} 步起用相同的各批数据：按原样运行损失最终为 {same}，学习率减半为 {half}，取十分之一为 "
-        "{tenth}；"
+        "从第 {start_step} 步起用相同的各批数据：按原样运行损失最终为 {same}，学习率取 {factor} 倍为 {lower}；"
         "此前为 {median_loss}。学习率为 {lr}。",
         "步子过大：每一步都使损失升高，而所有数值始终有限。这是在相同数据的重放中证明的；精度和数据都没有改变。",
         (
-            "learning_rate: {tenth_lr}，并设置 warmup_ratio: 0.05",
+            "learning_rate: {lower_lr}，并设置 warmup_ratio: 0.05",
             "回到第 {start_step} 步之前的检查点：模型丢失的能力不会自己回来",
             "在脚本中：在优化器里使用同样的学习率，并在前 5 % 的步数内线性预热",
         ),
@@ -87,11 +85,11 @@ def weigh(case: Case) -> Weight | None:
     return reasons.weight(
         start_step=signs.shown(case.number("lower_lr", "start_step")),
         same=_last(case.number("lower_lr", "losses_same")),
-        half=_last(case.number("lower_lr", "losses_half")),
-        tenth=_last(case.number("lower_lr", "losses_tenth")),
+        lower=_last(case.number("lower_lr", "losses") or case.number("lower_lr", "losses_tenth")),
+        factor=f"{factor:g}",
         median_loss=signs.shown(case.number("lower_lr", "median_loss", case.past.get("median_loss"))),
         lr=signs.shown(rate),
-        tenth_lr=signs.shown(rate * factor if rate is not None else None),
+        lower_lr=signs.shown(rate * factor if rate is not None else None),
     )
 
 

@@ -3,7 +3,7 @@
 What it sees:
     The first bad operation sits behind the model, in no module of it: sqrt, log, exp, a division or a standard
     deviation. Often the loss is finite and its derivative is not. fp32 does not help; leaving out a row, or another
-    batch, does.
+    batch, does. A deviation that is NaN over finite numbers needs no more: it was taken over a single one.
 
 Why it is bad:
     It waits: an empty span, one sample in a group, a probability of exactly 1. There is no precursor. Masking the
@@ -62,6 +62,7 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "K"
+_DEVIATIONS = ("std", "var")
 REMEDIES = ("skip_rows", "drop_batch")
 
 
@@ -69,11 +70,14 @@ def weigh(case: Case) -> Weight | None:
     """Named where rows or batches flip a failure that begins in an operation of the loss."""
     if case.trigger not in signs.FAILED or not signs.in_loss(case) or case.bad("supervised_tokens"):
         return None
+    if signs.empty_micro(case) is not None:
+        return None  # a mean over nothing is no pole of the formula
     singular = signs.is_singular(case)
     reasons = Reasons()
     reasons.hint(True, "localised", 0.5 if singular else 0.25)
     reasons.proof(singular and case.good("rows"), "rows", 0.75)
     reasons.proof(singular and case.good("known_good_batch"), "known_good_batch", 0.3)
+    reasons.proof(_too_few(case) or signs.breaks_backward(case), "localised", 0.7)
     reasons.hint(case.bad("fp32"), "fp32", 0.2)
     reasons.against(case.good("fp32"), "fp32", 0.4)
     reasons.against(case.bad("scan_state"), "scan_state", REFUTED)
@@ -89,3 +93,13 @@ def weigh(case: Case) -> Weight | None:
         loss=case.reading.loss,
         rows=signs.listed(rows),
     )
+
+
+def _too_few(case: Case) -> bool:
+    """A deviation that is NaN from finite numbers: it was taken over a single one, and no other explanation is left.
+
+    The correction for the mean divides by n - 1 (torch.std, ``correction=1``): one generation in a group is 0 / 0.
+    """
+    found = signs.first(case, "op")
+    is_deviation = any(o.removesuffix("_mean") in _DEVIATIONS for o in signs.ops(case))
+    return is_deviation and signs.of(found, "nan") is True and signs.of(found, "input_finite") is True

@@ -29,7 +29,7 @@ from finitune.core.incident import Trigger, Verdict
 from finitune.core.types import Severity
 from finitune.engine.case import Case
 from finitune.engine.causes._signs import shown
-from finitune.engine.weight import Reasons, Weight
+from finitune.engine.weight import REFUTED, Reasons, Weight
 
 CAUSE = Code(
     "SYS400",
@@ -66,9 +66,13 @@ REMEDIES = ("retry",)
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named by the verdict, and by nothing else."""
+    """Named by the verdict, and by nothing else.
+
+    An update that was undone is another matter: what was replayed is a state computed anew, not the one that failed.
+    """
     reasons = Reasons()
     reasons.proof(case.verdict is Verdict.NOT_REPRODUCED, "verdict", 0.95)
+    reasons.against(case.trigger is Trigger.UPDATE, "trigger", REFUTED)
     return reasons.weight(
         case.finding.where if case.trigger is Trigger.UPDATE else "",
         step=case.reading.step,

@@ -2,7 +2,7 @@
 
 What it sees:
     The update makes the state non-finite, or carries the run away, and a plain fp32 optimizer of the same kind, given
-    the same gradients, does neither. A larger eps and wider weights do not explain it.
+    the same gradients and moments, makes another one. A larger eps and wider weights do not explain it.
 
 Why it is bad:
     Loss and gradients are beyond suspicion, so the data, the precision and the rate are tried one after the other. A
@@ -59,12 +59,13 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "R"
-REMEDIES = ("reset_moments",)
+REMEDIES: tuple[str, ...] = ()
+"""None: moments that start anew only put it off, and no condition replaces an optimizer. The run stops, with advice."""
 
 
 def weigh(case: Case) -> Weight | None:
     """Named where the reference optimizer stays finite from the same gradients."""
-    if case.trigger not in (Trigger.UPDATE, Trigger.OUTLIER, Trigger.RUNAWAY):
+    if case.trigger in (Trigger.FORECAST, Trigger.SILENT) and not signs.is_told(case, CAUSE.code):
         return None
     reasons = Reasons()
     reasons.proof(case.good("reference_optimizer"), "reference_optimizer", 0.8)

@@ -59,25 +59,49 @@ REMEDIES = ("skip_rows", "drop_batch")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named where rows flip a failure that begins in an embedding or head."""
+    """Named where the failure goes away with rows brought to the usual length, or where rows of data flip one that
+    begins in an embedding or head.
+    """
+    scaled = case.good("vocabulary_rows")
     told = [s for s in case.suspects_of("parameter", "module") if s.data.get("what") not in ("gradient", "update")]
-    held = [s for s in told if signs.is_vocabulary(s.name)]
-    if not held or case.trigger not in signs.FAILED:
+    held = sorted((s for s in told if signs.of_vocabulary(s)), key=lambda s: s.data.get("what") != _OUT_OF_SCALE)
+    if not held or not (scaled or case.trigger in signs.FAILED):
         return None
-    begins = signs.is_vocabulary(signs.module(case)) or held[0].kind == "parameter"
+    begins = any(s.name == signs.module(case) for s in held) or held[0].kind == "parameter"
     reasons = Reasons()
+    reasons.proof(scaled, "vocabulary_rows", 0.9)
     reasons.hint(begins, "localised", 0.4)
-    reasons.proof(begins and case.good("rows"), "rows", 0.6)
+    reasons.proof(begins and case.good("rows") and not scaled, "rows", 0.6)
     reasons.hint(bool(case.suspects_of("tokens")), "rows", 0.3)
     # A row that is not finite at all is a bad weight; that it is one of the vocabulary is the smaller half of it.
     reasons.against(case.bad("scan_state"), "scan_state", REFUTED)
-    reasons.against(case.bad("known_good_batch"), "known_good_batch", 0.5)
-    reasons.against(signs.is_half(case) and signs.precision_cures(case), signs.cured_by(case, "fp32", "bf16"), REFUTED)
+    reasons.against(case.bad("known_good_batch") and not scaled, "known_good_batch", 0.5)
+    range_only = signs.is_half(case) and signs.precision_cures(case) and not _is_loud_in_fp32(case)
+    reasons.against(range_only, signs.cured_by(case, "fp32", "bf16"), REFUTED)
     reasons.against(case.good("let_pass"), "let_pass", 0.4)
     return reasons.weight(
         held[0].name,
-        row=signs.shown(held[0].data.get("row")),
+        row=signs.listed(map(str, held[0].data.get("rows") or [signs.shown(held[0].data.get("row"))]), _MOST),
         amax=signs.shown(held[0].data.get("amax")),
-        tokens=signs.tokens(case),
+        tokens=_tokens(case),
         rows=signs.listed(signs.rows(case)),
     )
+
+
+_OUT_OF_SCALE = "row_norm"
+_MOST = 8
+_ABOVE_GUESSING = 1.5
+
+
+def _is_loud_in_fp32(case: Case) -> bool:
+    """With all the range there is, the loss is still far above that of guessing."""
+    guessing = signs.number(case.number("vocabulary_rows", "guessing"))
+    loss = signs.number(case.number("fp32", "loss"))
+    return guessing is not None and loss is not None and loss > _ABOVE_GUESSING * guessing
+
+
+def _tokens(case: Case) -> str:
+    """The tokens whose rows are out of scale; else the spans of the rows that fail."""
+    found = case.number("vocabulary_rows", "tokens", ())
+    known = [str(t) for t in found if isinstance(t, int)] if isinstance(found, list | tuple) else []
+    return signs.listed(known, _MOST) if known and case.good("vocabulary_rows") else signs.tokens(case)

@@ -12,27 +12,43 @@ from finitune.engine.conditions import NotPossible
 
 Update = Callable[[torch.nn.Parameter], torch.Tensor]
 """From a parameter with its gradient to the value it should have after the update, fp32."""
+Made = tuple[torch.Tensor, dict[str, torch.Tensor]]
+"""The new value of a parameter, and of its moments by their names in the optimizer's state; fp32."""
 _MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
 
 def formula_of(optimizer: torch.optim.Optimizer) -> Update:
     """The formula of this optimizer. Raises NotPossible where there is none here, or its state cannot be read."""
-    name = type(optimizer).__name__.lower()
-    family = next((f for f in _MOMENTS if name.startswith(f)), None)
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    if family is None or any(g.get("amsgrad") for g in optimizer.param_groups):
-        raise NotPossible(f"there is no plain formula here for {type(optimizer).__name__}")
+    whole = whole_formula_of(optimizer)
+    return lambda parameter: whole(parameter)[0]
 
-    def update(parameter: torch.nn.Parameter) -> torch.Tensor:
+
+def whole_formula_of(optimizer: torch.optim.Optimizer) -> Callable[[torch.nn.Parameter], Made]:
+    """As :func:`formula_of`, with the new moments."""
+    name, family = _named(optimizer)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def update(parameter: torch.nn.Parameter) -> Made:
         group, state = groups[id(parameter)], optimizer.state.get(parameter, {})
         moments = [_moment(state, moment, parameter) for moment in _MOMENTS[family]]
         grad = _gradient(parameter, group, optimizer)
         if family == "sgd":
-            return _sgd(parameter, group, grad, moments[0])
-        decoupled = name.startswith("adamw") or bool(group.get("decoupled_weight_decay"))
-        return _adam(parameter, group, grad, moments, _steps(state) + 1, decoupled=decoupled)
+            weight, found = _sgd(parameter, group, grad, moments[0])
+        else:
+            decoupled = name.startswith("adamw") or bool(group.get("decoupled_weight_decay"))
+            weight, found = _adam(parameter, group, grad, moments, _steps(state) + 1, decoupled=decoupled)
+        return weight, {n: m for n, m in zip(_MOMENTS[family], found, strict=True) if m is not None}
 
     return update
+
+
+def _named(optimizer: torch.optim.Optimizer) -> tuple[str, str]:
+    """The name under which the formula is known, of the class or one that it is derived from; and its family."""
+    known = (c.__name__.lower() for c in type(optimizer).__mro__ if issubclass(c, torch.optim.Optimizer))
+    found = next(((n, f) for n in known for f in _MOMENTS if n.startswith(f)), None)
+    if found is None or any(g.get("amsgrad") for g in optimizer.param_groups):
+        raise NotPossible(f"there is no plain formula here for {type(optimizer).__name__}")
+    return found
 
 
 def _moment(state: Mapping[str, Any], name: str, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -71,7 +87,7 @@ def _adam(
     step: int,
     *,
     decoupled: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     beta1, beta2 = (float(b) for b in group["betas"])
     lr, decay = float(group["lr"]), float(group["weight_decay"])
     weight = parameter.detach().float()
@@ -84,16 +100,16 @@ def _adam(
     first = beta1 * first + (1 - beta1) * grad
     second = beta2 * second + (1 - beta2) * grad * grad
     denominator = second.sqrt() / math.sqrt(1 - beta2**step) + float(group["eps"])
-    return weight - lr / (1 - beta1**step) * first / denominator
+    return weight - lr / (1 - beta1**step) * first / denominator, [first, second]
 
 
 def _sgd(
     parameter: torch.nn.Parameter, group: Mapping[str, Any], grad: torch.Tensor, buffer: torch.Tensor | None
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
     weight = parameter.detach().float()
     momentum = float(group.get("momentum", 0.0))
     grad = grad + float(group["weight_decay"]) * weight
     if momentum:
         buffer = grad if buffer is None else momentum * buffer + (1 - float(group["dampening"])) * grad
         grad = grad + momentum * buffer if group.get("nesterov") else buffer
-    return weight - float(group["lr"]) * grad
+    return weight - float(group["lr"]) * grad, [buffer]

@@ -23,11 +23,13 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from finitune.core.incident import Result, Suspect, Words
+from finitune.core.incident import Result, Suspect, Trigger, Words
+from finitune.core.types import Reading
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
 from finitune.engine.experiments._tools import Findings, evidence, fails_in_step, products_are_half
 from finitune.engine.lab import Lab
+from finitune.engine.policy import is_scale_overflow
 
 ORDER = 70
 COST = 4.0
@@ -124,13 +126,20 @@ class _Search:
     def cures(self, names: Sequence[str]) -> bool:
         """Whether the step is good with these modules in fp32."""
         together = tuple(dict.fromkeys((*self.lab.now.fp32_modules, *names)))
+        conditions = replace(self.lab.now, fp32_modules=together)
         try:
-            shot = self.lab.shoot(replace(self.lab.now, fp32_modules=together))
+            shot = self.lab.shoot(conditions)
+            if shot.bad and self._is_left_to_the_scaler(shot.reading):
+                shot = self.lab.shoot(replace(conditions, loss_scale=1.0))
         except NotPossible as reason:
             self.refused = reason
             return False
         self.num_tried += 1
         return not shot.bad
+
+    def _is_left_to_the_scaler(self, reading: Reading) -> bool:
+        """The forward pass is cured, and the gradients only overflow at this scale: a run takes a smaller one then."""
+        return self.lab.case.trigger is Trigger.LOSS and self.lab.now.loss_scale is None and is_scale_overflow(reading)
 
     def smallest(self, curing: tuple[str, ...]) -> tuple[str, ...]:
         """A set within ``curing`` from which none can be left out; after MAX_TRIES the smallest so far that cures.

@@ -1,4 +1,4 @@
-"""Loss scales: the failing step with the loss multiplied by 1, 2^8 and 2^16.
+"""Loss scales: the failing step with the loss multiplied by 2^-12, 1, 2^8 and 2^16.
 
 What it changes:
     The loss scale. The forward pass does not know it; only gradients do.
@@ -38,7 +38,8 @@ SAYS = {
         "任何损失缩放下梯度都不是有限的（试过：{bad_at}）。",
     ),
 }
-SCALES = (2.0**0, 2.0**8, 2.0**16)
+SCALES = (2.0**-12, 2.0**0, 2.0**8, 2.0**16)
+"""The smallest lies below every usual floor: a scaler that stands at its floor may just not have far enough to go."""
 
 
 def wanted(case: Case) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from finitune.core.incident import Evidence, Result, Suspect, Trigger, Words
 from finitune.engine.case import Case
+from finitune.engine.causes import _signs as signs
 from finitune.engine.lab import BudgetSpent, Lab
 from finitune.engine.port import Unit
 from finitune.engine.rows import RowsFound, find_rows, find_span
@@ -35,8 +36,11 @@ _MAX_SPANS = 2
 
 
 def wanted(case: Case) -> bool:
-    """The step itself fails, its batch has parts, and other batches do not all fail as well."""
-    if case.trigger not in _TRIGGERS or case.facts.get("num_units") == 1:
+    """The step itself fails, its batch has parts, and other batches do not all fail as well.
+
+    The rows of a micro-batch without targets are known.
+    """
+    if case.trigger not in _TRIGGERS or case.facts.get("num_units") == 1 or signs.empty_micro(case) is not None:
         return False
     others_fail = case.bad("known_good_batch") and not case.number("known_good_batch", "num_good", 0)
     return not others_fail and not case.bad("supervised_tokens")

@@ -1,7 +1,8 @@
 """Scan of the state: weights (frozen ones too), moments and buffers as they are before the failing step.
 
-What it changes: nothing. BAD: a tensor holds NaN or inf, or a second moment is negative: the failure was made before
-this step, and its data is not to blame. GOOD: all are finite; the step itself makes the bad values.
+What it changes: nothing. BAD: a tensor holds NaN or inf, a second moment is negative, or a few values are finite and
+beyond any sense (2^40 where all others are below 2^20): the failure was made before this step, and its data is not to
+blame. GOOD: all are sound; the step itself makes the bad values.
 Cost: one pass over the state (a hundredth of a step); with a bad tensor, a look at a few earlier states.
 Source: a running mean of squares cannot be negative (Kingma & Ba 2015, algorithm 1).
 """
@@ -15,9 +16,10 @@ import torch
 
 from finitune.core.incident import Evidence, Result, Suspect, Words
 from finitune.engine.case import Case
-from finitune.engine.first_step import bad_value, has_bad, is_second_moment, since_when
+from finitune.engine.first_step import Since, bad_mask, bad_value, has_bad, since_when
 from finitune.engine.lab import Lab
-from finitune.engine.op_numbers import numbers_of_bad, peak, watchable
+from finitune.engine.op_numbers import is_bad, numbers_of_bad, peak, watchable
+from finitune.engine.padding_row import padding_row
 from finitune.engine.port import ReplayPort
 
 ORDER = 10
@@ -51,7 +53,7 @@ def run(lab: Lab, case: Case) -> tuple[Evidence, tuple[Suspect, ...]]:
     suspects: list[Suspect] = []
     largest = 0.0
     for kind, name, tensor in state_of(lab.port):
-        if not bad_value(name, tensor):
+        if not is_bad_in(kind, name, tensor):
             largest = max(largest, peak(tensor))
             continue
         bad[kind].append(name)
@@ -74,12 +76,38 @@ def state_of(port: ReplayPort) -> Iterator[tuple[str, str, torch.Tensor]]:
 
 
 def _suspect(lab: Lab, kind: str, name: str, tensor: torch.Tensor, *, dated: bool) -> Suspect:
-    mask = torch.isfinite(tensor).logical_not_()
-    if is_second_moment(name):
-        mask |= tensor < 0
-    data: dict[str, Any] = {**numbers_of_bad(tensor, mask), "what": {"parameter": "weight"}.get(kind, kind)}
+    data: dict[str, Any] = {**numbers_of_bad(tensor, bad_mask(name, tensor))}
+    data["what"] = {"parameter": "weight"}.get(kind, kind)
     data |= {"frozen": kind == "parameter" and name not in lab.before.tensors, "since_step": None, "since_exact": False}
+    padding = padding_row(lab.port, tensor, data.get("rows"), data.get("num_rows")) if kind == "parameter" else None
+    data |= {} if padding is None else {"padding_row": padding}
     if dated and name in lab.before.tensors:
         since = since_when(lab, has_bad(name))
-        data |= {"since_step": since.step or None, "since_exact": since.exact}
+        data |= {"since_step": since.step or None, "since_exact": since.exact, "sound_at": since.sound_at}
+        data["was"] = _before(lab, name, since, data.get("index"))
+    elif name not in lab.before.tensors:
+        data |= _against_the_original(lab, kind, name)
     return Suspect(kind, name, data)
+
+
+def _against_the_original(lab: Lab, kind: str, name: str) -> dict[str, Any]:
+    """What no state of the run holds (a frozen weight, a buffer): was it sound in the model that training began from?"""
+    original = lab.port.origin(name)
+    if original is None:
+        return {}
+    bad = is_bad_in(kind, name, original)
+    return {"since_exact": True} if bad else {"sound_at": 0}
+
+
+def is_bad_in(kind: str, name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of this kind is bad. Buffers may hold the largest numbers there are (masks)."""
+    return is_bad(tensor) if kind == "buffer" else bad_value(name, tensor)
+
+
+def _before(lab: Lab, name: str, since: Since, index: Any) -> float | None:
+    """The value at the bad place while it was good; None where that is not known."""
+    if not since.exact or since.step == 0 or not isinstance(index, list):
+        return None
+    snapshot = lab.state_at(since.step - 1)
+    tensor = snapshot.tensors.get(name) if snapshot is not None else None
+    return None if tensor is None else float(tensor[tuple(index)])

@@ -25,9 +25,11 @@ from typing import Any
 import torch
 
 from finitune.core.incident import Result, Suspect, Trigger, Words
+from finitune.core.types import Reading
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
 from finitune.engine.experiments._tools import Findings, evidence
+from finitune.engine.experiments._updates import standing_before_it
 from finitune.engine.lab import Lab
 from finitune.engine.monitor import read
 
@@ -54,10 +56,10 @@ def wanted(case: Case) -> bool:
     return case.trigger in _TRIGGERS and not explained
 
 
-def run(lab: Lab, case: Case) -> Findings:  # noqa: ARG001
+def run(lab: Lab, case: Case) -> Findings:
     """Make the update, measure, undo it. Raises NotPossible where the gradients are not finite, BudgetSpent."""
-    was = {name: p.detach().clone() for name, p in lab.port.parameters()}
-    with lab.standing_at(lab.before):
+    with standing_before_it(lab, case):
+        was = {name: p.detach().clone() for name, p in lab.port.parameters()}
         commit(lab)
         ratios = {name: _ratio(was[name], p.detach()) for name, p in lab.port.parameters()}
     if not ratios:
@@ -70,14 +72,15 @@ def run(lab: Lab, case: Case) -> Findings:  # noqa: ARG001
     return evidence("update_share", good, **data), suspects
 
 
-def commit(lab: Lab) -> None:
-    """The failing step with its update; the caller undoes it. Raises NotPossible where its numbers are not finite."""
+def commit(lab: Lab) -> Reading:
+    """The step at hand with its update, which the caller undoes. Raises NotPossible where its numbers are bad."""
     lab.budget.charge(1.0)
     reading = read(lab.port.forward_backward())
     if not (math.isfinite(reading.loss) and math.isfinite(reading.grad_norm)):
         lab.port.abort()
         raise NotPossible("loss or gradients of this step are not finite, so there is no update to look at")
     lab.port.commit(reading)
+    return reading
 
 
 def _ratio(was: torch.Tensor, now: torch.Tensor) -> float:

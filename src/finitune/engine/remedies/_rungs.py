@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from finitune.core.incident import Cause, Safety, Trigger
+from finitune.core.incident import Cause, Safety, Suspect, Trigger
 from finitune.engine.case import Case
 from finitune.engine.conditions import Conditions
 from finitune.engine.plan import Plan
@@ -44,9 +44,18 @@ def names(values: Any) -> tuple[str, ...]:
 
 def relapses(case: Case, cause: Cause, *remedies: str) -> int:
     """How often this cause was treated by these remedies before, in this run."""
+    return sum(i.get("remedy") in remedies for i in _earlier(case, cause))
+
+
+def relapses_at(case: Case, cause: Cause, *remedies: str) -> int:
+    """How often of these it was at the very same place."""
+    return sum(i.get("remedy") in remedies and i.get("where") == cause.where for i in _earlier(case, cause))
+
+
+def _earlier(case: Case, cause: Cause) -> list[dict[str, Any]]:
     past = case.past.get("incidents", ())
     told = [i for i in past if isinstance(i, dict)] if isinstance(past, list | tuple) else []
-    return sum(i.get("code") == cause.code and i.get("remedy") in remedies for i in told)
+    return [i for i in told if i.get("code") == cause.code]
 
 
 def newest_step(case: Case) -> int:
@@ -61,9 +70,17 @@ def before_it_went_bad(case: Case) -> int | None:
     bad = [
         s for s in case.suspects_of("parameter", "moment", "buffer") if s.data.get("what") not in ("gradient", "update")
     ]
-    since = [n for s in bad if (n := step(s.data.get("since_step")))]
+    good = [n for s in bad if (n := good_step(s)) is not None]
     fixed = any(s.data.get("frozen") is True or s.kind == "buffer" for s in bad)
-    return min(since) - 1 if since and not fixed else None
+    return min(good) if good and not fixed else None
+
+
+def good_step(suspect: Suspect) -> int | None:
+    """The newest state that has a tensor sound; None where it was bad from the start, or that is not known."""
+    if suspect.data.get("since_exact") is False and (sound := step(suspect.data.get("sound_at"))) is not None:
+        return sound
+    since = step(suspect.data.get("since_step"))
+    return since - 1 if since else None
 
 
 def computes_in(case: Case, now: Conditions) -> str:

@@ -1,8 +1,9 @@
 """Lower the learning rate: back to before the rise, a smaller rate, a short warm-up. Only where it was proved.
 
 What it does:
-    Goes back to the state at which the experiment started and multiplies the scheduled rate by 1/2, 1/10 or 1/100; it
-    rises from 0 over the first half of the way back. After relapses: 1/10 at once, then from further back.
+    Goes back to the state at which the experiment started and multiplies every scheduled rate, the coming ones too,
+    by the share that was proved; it rises from 0 over a few steps. Then a third of that; after relapses from further
+    back, too.
 
 What it costs:
     The steps since then are computed anew, and every step after them is shorter.
@@ -36,23 +37,22 @@ ADVICE = Words(
     "learning_rate: {lr}，并使用预热",
 )
 
-_RISE = 1.5
-"""A loss above this many times the usual one is not cured (as in the proof of a plan)."""
-_RISE_NATS = 0.5
+_TENTH = 0.1
+_FROM_HERE = 2
+"""Relapses after which the state that the experiment began at is not trusted any more."""
 
 
 def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
-    """Nothing without the experiment's proof."""
+    """The rate that was proved, then a third of it, then from further back. Nothing without the experiment's proof."""
     start = rungs.step(case.number("lower_lr", "start_step"))
     if not case.good("lower_lr") or start is None:
         return
+    factor = rungs.number(case.number("lower_lr", "factor")) or _TENTH
     past = rungs.relapses(case, cause, "lower_lr")
-    least = rungs.number(case.number("lower_lr", "factor")) or 0.1
-    rungs_left = [(0.5, start)] if not past and _half_is_enough(case) else []
-    rungs_left += [(least, start)] if past < 2 else []
-    rungs_left += [(least, further) for further in _further(case, start)]
-    for factor, to_step in rungs_left:
-        yield _plan(case, now, factor, to_step)
+    rungs_left = [(factor, start), (factor / 3, start)] if past < _FROM_HERE else []
+    rungs_left += [(factor / 3, further) for further in _further(case, start)]
+    for share, to_step in rungs_left:
+        yield _plan(case, now, share, to_step)
 
 
 def _plan(case: Case, now: Conditions, factor: float, to_step: int) -> Plan:
@@ -60,30 +60,17 @@ def _plan(case: Case, now: Conditions, factor: float, to_step: int) -> Plan:
     rate = rungs.number(case.reading.lr)
     changes = {"lr_factor": scaled, **_warmup(case, to_step)}
     lr = rate * factor if rate is not None else "-"
-    numbers = {"factor": f"{scaled:g}", "lr": lr, "from_step": to_step}
+    numbers = {"factor": f"{scaled:.3g}", "lr": lr, "from_step": to_step}
     return rungs.change("lower_lr", Safety.LOSSY, now, changes, to_step=to_step, **numbers)
 
 
 def _warmup(case: Case, to_step: int) -> dict[str, Any]:
-    """Over half of the way back, so that the proof sees the full rate too; none where updates are not counted."""
-    updates = rungs.step(case.past.get("updates"))
-    back = rungs.newest_step(case) - to_step
-    if updates is None or back < 2:
+    """As in the experiment; from further back, that much earlier. None where the schedule is still warming up."""
+    start, steps = rungs.step(case.number("lower_lr", "start_step")), case.number("lower_lr", "warmup_steps")
+    since = rungs.step(case.number("lower_lr", "warmup_from_update"))
+    if start is None or since is None or not isinstance(steps, int):
         return {}
-    return {"warmup_from_update": max(0, updates - back), "warmup_steps": back // 2}
-
-
-def _half_is_enough(case: Case) -> bool:
-    """Half of the rate ended near the loss of before, as far as is known."""
-    told = case.number("lower_lr", "half_good")
-    if isinstance(told, bool):
-        return told
-    losses = case.number("lower_lr", "losses_half")
-    if not isinstance(losses, list | tuple) or not losses:
-        return False
-    last = rungs.number(losses[-1])
-    usual = rungs.number(case.number("lower_lr", "median_loss", case.past.get("median_loss")))
-    return last is not None and (usual is None or last <= max(usual * _RISE, usual + _RISE_NATS))
+    return {"warmup_from_update": max(0, since - (start - to_step)), "warmup_steps": steps}
 
 
 def _further(case: Case, start: int) -> tuple[int, ...]:

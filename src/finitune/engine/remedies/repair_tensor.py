@@ -2,7 +2,9 @@
 
 What it does:
     Copies the good value over the bad one. What nothing trains (a frozen weight, a buffer) comes from the original
-    model, what is trained from the last good state of the run, and only if there is none from the original model.
+    model, what is trained from the last good state of the run, and only if there is none from the original model. The
+    row of the padding token, which is never read on purpose, becomes 0 where it had no good value at all.
+    Where finite values were changed, the steps since the last state without the change are computed again.
 
 What it costs:
     Nothing for a frozen tensor; for a trained one the updates since that state, in this tensor only. Back to the
@@ -35,24 +37,45 @@ ADVICE = Words(
     "配置无需修改；若再次出现，请检查机器的内存，或重新加载模型。",
 )
 
-_MODEL = "model"
+_MODEL, _PADDING = "model", "padding: 0"
 
 
 def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
-    """What the scan found; from states first, then from the original model."""
+    """What the scan found; from states first, then from the original model. What a redo found: from that redo."""
+    if case.good("redone_state"):
+        yield from _redone(case, now)
+        return
     if not case.bad("scan_state"):
         return
     made_now = ("gradient", "update")
     bad = [s for s in case.suspects_of("parameter", "buffer", "moment") if s.data.get("what") not in made_now]
     if not bad:
         return
-    first = [(s, None if _is_fixed(s) else _good_step(s)) for s in bad]
+    first = [(s, None if _is_fixed(s) else rungs.good_step(s)) for s in bad]
     if all(_has_value(s, step) for s, step in first):
         fixed_or_kept = all(step is not None or _is_untrained(s) for s, step in first)
         yield _plan(first, now, Safety.SAFE if fixed_or_kept else Safety.LOSSY)
+    if all("padding_row" in s.data for s in bad):
+        yield _of_padding(bad, now)
     weights = [(s, None) for s in bad]
     if weights != first and all(s.kind != "moment" for s in bad):
         yield _plan(weights, now, Safety.LOSSY)
+
+
+def _redone(case: Case, now: Conditions) -> Iterable[Plan]:
+    """The steps since the last state without the change are computed again: the run as it should have been."""
+    step = rungs.step(case.number("redone_state", "start_step"))
+    changed = [s.name for s in case.suspects_of("moment", "parameter") if s.data.get("what") == "changed"]
+    if step is not None and changed:
+        data = {"count": len(changed), "names": rungs.listed(changed), "source": f"step {step}"}
+        yield Plan("repair_tensor", Safety.SAFE, now, to_step=step, data=data)
+
+
+def _of_padding(bad: Sequence[Suspect], now: Conditions) -> Plan:
+    """The row of the padding token, which nobody reads: 0, where the original model has no value for it either."""
+    names = tuple(f"{s.name}[{s.data['padding_row']}]" for s in bad)
+    data = {"count": len(names), "names": rungs.listed(names), "source": _PADDING}
+    return Plan("repair_tensor", Safety.SAFE, now, mends=(Mend(Operation.REPAIR, names),), data=data)
 
 
 def _plan(sources: Sequence[tuple[Suspect, int | None]], now: Conditions, safety: Safety) -> Plan:
@@ -64,12 +87,6 @@ def _plan(sources: Sequence[tuple[Suspect, int | None]], now: Conditions, safety
     names = [s.name for s, _ in sources]
     data = {"count": len(names), "names": rungs.listed(names), "source": source}
     return Plan("repair_tensor", safety, now, mends=mends, data=data)
-
-
-def _good_step(suspect: Suspect) -> int | None:
-    """The newest state that has it good; None where it was bad from the start, or that is not known."""
-    since = rungs.step(suspect.data.get("since_step"))
-    return since - 1 if since else None
 
 
 def _is_fixed(suspect: Suspect) -> bool:

@@ -21,6 +21,7 @@ from finitune.core.incident import Cause, Safety, Verdict, Words
 from finitune.engine.case import Case
 from finitune.engine.conditions import Conditions
 from finitune.engine.plan import Plan
+from finitune.engine.remedies import _rungs as rungs
 
 SAFETY = Safety.SAFE
 SAYS = Words(
@@ -32,8 +33,11 @@ ADVICE = Words(
     "若再次出现，请查看机器的错误计数和与计算重叠的通信。",
 )
 
+_CORRUPT_STATE = "SYS403"
 
-def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
-    """Only for a failure that did not repeat."""
-    if case.verdict is Verdict.NOT_REPRODUCED:
+
+def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
+    """Only for a failure that did not repeat; for a tensor that is bad again after a retry, something must be mended."""
+    relapsed = cause.code == _CORRUPT_STATE and rungs.relapses_at(case, cause, "retry") > 0
+    if case.verdict is Verdict.NOT_REPRODUCED and not relapsed:
         yield Plan("retry", Safety.SAFE, now, data={"step": case.reading.step})

@@ -46,7 +46,7 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa:
     values = case.number("loss_scales", "good_at", ())
     listed = values if isinstance(values, list | tuple) else ()
     good = [n for v in listed if (n := rungs.number(v)) is not None and n > 0]
-    floor = min([_USUAL_FLOOR, *good])
+    floor = min(_USUAL_FLOOR, max(good, default=_USUAL_FLOOR))
     if good and (now.min_scale is None or now.min_scale > floor):
         shown = ", ".join(f"{g:g}" for g in good)
         yield rungs.change(

@@ -35,15 +35,14 @@ ADVICE = Words(
     "修复这些行，或将其从数据中移除：{rows}。",
 )
 
+_NOTHING_SUPERVISED = "DAT400"
 
-def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
-    """Where bisection found rows that fail alone and the rest together is good."""
-    if not case.good("rows") or case.number("rows", "rest_good") is False:
-        return
-    texts = rungs.names(case.number("rows", "rows", ()))
+
+def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
+    """Where bisection found rows that fail alone and the rest together is good, or a micro-batch has no target."""
+    texts = _without_target(case) if cause.code == _NOTHING_SUPERVISED else _failing(case)
     digests = [d for t in texts if (d := _digest(t)) is not None and d not in now.quarantine]
-    bad, total = rungs.number(case.number("rows", "num_bad")), rungs.number(case.number("rows", "num_units"))
-    if not digests or (bad is not None and total is not None and bad >= total):
+    if not digests:
         return
     quarantine = (*now.quarantine, *dict.fromkeys(digests))
     yield rungs.change(
@@ -55,6 +54,20 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa:
         rows=rungs.listed(texts),
         step=case.reading.step,
     )
+
+
+def _failing(case: Case) -> tuple[str, ...]:
+    if not case.good("rows") or case.number("rows", "rest_good") is False:
+        return ()
+    bad, total = rungs.number(case.number("rows", "num_bad")), rungs.number(case.number("rows", "num_units"))
+    every = bad is not None and total is not None and bad >= total
+    return () if every else rungs.names(case.number("rows", "rows", ()))
+
+
+def _without_target(case: Case) -> tuple[str, ...]:
+    """Rows of micro-batches without a target, where the step has others: those are still learnt from."""
+    some_left = case.good("supervised_tokens")
+    return rungs.names(case.number("supervised_tokens", "empty_rows", ())) if some_left else ()
 
 
 def _digest(text: str) -> str | None:

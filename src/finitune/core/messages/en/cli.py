@@ -77,6 +77,8 @@ TEXTS = {
     "cli.explain.what": "what",
     "cli.explain.why": "why",
     "cli.explain.try": "try",
+    "cli.explain.case.page": "a case like it",
+    "cli.explain.case.command": "act it out",
     "cli.severity.note": "note",
     "cli.severity.warning": "warning",
     "cli.severity.error": "error",
@@ -87,6 +89,9 @@ TEXTS = {
     "cli.prefix.OPT": "optimizer and schedule",
     "cli.prefix.DST": "distributed",
     "cli.prefix.SYS": "machine",
+    "cli.bench.help": "Measure the guard, and others, on planted faults and healthy runs (FaultBench).\n\n"
+    "Every case plants one fault, drawn from a seed, in a small run; the score says what was noticed, named and cured. "
+    "Results go to a folder; a bench that was stopped goes on where it was.",
     "cli.env.help": "Show versions, processor, memory and devices; for bug reports.",
     "cli.version.help": "Show the versions of FiniTune and its libraries.",
 }

@@ -81,6 +81,8 @@ TEXTS = {
     "incidents.where.amax": "puts out {amax} ({dtype} ends at {limit})",
     "incidents.where.beyond": "made {value}; {dtype} ends at {limit} ({num_bad} of {num_elements} values)",
     "incidents.where.amax_only": "puts out {amax}",
+    "incidents.where.made": "makes {what} ({num_bad} of {num_elements} values)",
+    "incidents.where.constant": "from inputs that hold {value}",
     "incidents.where.input": "from inputs up to {input_amax}",
     "incidents.where.value": "holds {value} at {index}",
     "incidents.where.since": "since step {step}",

@@ -74,6 +74,8 @@ TEXTS = {
     "cli.explain.what": "内容",
     "cli.explain.why": "原因",
     "cli.explain.try": "可尝试",
+    "cli.explain.case.page": "类似案例",
+    "cli.explain.case.command": "亲手重现",
     "cli.severity.note": "提示",
     "cli.severity.warning": "警告",
     "cli.severity.error": "错误",
@@ -84,6 +86,9 @@ TEXTS = {
     "cli.prefix.OPT": "优化器与调度",
     "cli.prefix.DST": "分布式",
     "cli.prefix.SYS": "机器",
+    "cli.bench.help": "在植入的故障和健康的训练上衡量守护程序及其他方案（FaultBench）。\n\n"
+    "每个用例在一个小训练中植入一个由种子决定的故障；评分说明哪些被发现、被正确命名、被治愈。"
+    "结果写入一个文件夹；中断后会从停下的地方继续。",
     "cli.env.help": "显示版本、处理器、内存和设备；用于报告问题。",
     "cli.version.help": "显示 FiniTune 及其依赖库的版本。",
 }

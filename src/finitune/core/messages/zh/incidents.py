@@ -81,6 +81,8 @@ TEXTS = {
     "incidents.where.amax": "输出达到 {amax}（{dtype} 的上限为 {limit}）",
     "incidents.where.beyond": "算出 {value}，而 {dtype} 的上限是 {limit}（{num_elements} 个值中有 {num_bad} 个）",
     "incidents.where.amax_only": "输出达到 {amax}",
+    "incidents.where.made": "算出 {what}（{num_elements} 个值中有 {num_bad} 个）",
+    "incidents.where.constant": "输入含有 {value}",
     "incidents.where.input": "输入不超过 {input_amax}",
     "incidents.where.value": "在 {index} 处为 {value}",
     "incidents.where.since": "自第 {step} 步起",

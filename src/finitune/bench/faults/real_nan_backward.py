@@ -1,0 +1,13 @@
+"""F: a backward pass that gives NaN for one row, on the real SmolLM2-135M with LoRA.
+
+The family of nan_backward.py; what it draws fits any decoder.
+"""
+
+from __future__ import annotations
+
+from finitune.bench.faults.nan_backward import CASES, FAULT_CLASS, plant
+
+__all__ = ["CASES", "FAULT_CLASS", "HEAVY", "RUNS", "plant"]
+
+HEAVY = True
+RUNS = (("smollm2_lora", "bf16"),)
