@@ -97,6 +97,15 @@ def trained(rank: int, steps: list[Batch], loss_fn: Any = mse, **options: Any) -
 # -- scenes ----------------------------------------------------------------------------------------------------------
 
 
+def refused_alone() -> str:
+    model, optimizer = parts()
+    try:
+        finitune.guard(model, optimizer, mse, ranks=False)
+    except FiniTuneError as error:
+        return str(error)
+    return ""
+
+
 def healthy(rank: int) -> dict[str, Any]:
     model, optimizer = parts()
     torch.manual_seed(rank)
@@ -107,7 +116,7 @@ def healthy(rank: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
     plain, drawn = sums(model, optimizer), torch.rand(1).item()
     found = trained(rank, batches(12, rank))
-    return {**found, "plain": plain, "same_draws": torch.rand(1).item() == drawn}
+    return {**found, "plain": plain, "same_draws": torch.rand(1).item() == drawn, "alone": refused_alone()}
 
 
 def nan_row(rank: int) -> dict[str, Any]:

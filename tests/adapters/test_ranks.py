@@ -86,6 +86,10 @@ def test_a_bad_row_of_one_rank_is_named_with_its_rank_and_left_out_on_both(scene
     assert replicas(both)
 
 
+def test_one_rank_alone_cannot_guard_a_model_that_exchanges_gradients(scenes: Mapping[str, Pair]) -> None:
+    assert all("SYS425" in one["alone"] for one in scenes["healthy"])
+
+
 def test_bad_rows_of_both_ranks_are_both_found(scenes: Mapping[str, Pair]) -> None:
     both = pair(scenes, "nan_rows_on_both")
     assert [cause(both, n) for n in range(2)] == ["DAT401", "DAT401"]
@@ -213,3 +217,14 @@ def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda _group=None: 2)
     with pytest.raises(UserError, match="DST414"):
         ranks.ranks_of(Sharded(), None)
+
+
+@pytest.mark.parametrize("wanted", [True, "all", 2])
+def test_ranks_that_are_not_there_are_refused_by_name(wanted: Any) -> None:
+    from torch import nn, optim
+
+    import finitune
+
+    model = nn.Linear(2, 1)
+    with pytest.raises(UserError, match="SYS425"):
+        finitune.guard(model, optim.SGD(model.parameters(), 0.1), lambda m, b: m(b).mean(), ranks=wanted)

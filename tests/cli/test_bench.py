@@ -26,7 +26,7 @@ def test_the_list_names_every_member(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_one_case_is_run_and_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ("bench", "--filter", "nan_row", "--seeds", "1", "--out", str(tmp_path / "out"), "--tell")
+    words = ("bench", "--filter", "faults/nan_row/", "--seeds", "1", "--out", str(tmp_path / "out"), "--tell")
     code, out, err = told(capsys, *words)
     assert code == 0, err
     assert "[1/1] faults/nan_row/0/finitune: noticed: yes, cause: DAT401 (right)" in err
@@ -37,12 +37,12 @@ def test_one_case_is_run_and_told(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_json_is_one_object_with_the_summary(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ("bench", "--json", "--filter", "flipped_bit", "--seeds", "0:1", "--out", str(tmp_path))
+    words = ("bench", "--json", "--filter", "faults/flipped_bit/", "--seeds", "0:1", "--out", str(tmp_path))
     code, out, _ = told(capsys, *words)
     answer: dict[str, Any] = json.loads(out)
     assert code == answer["exit_code"]
     assert answer["summary"]["detection_rate"] == 1.0
-    assert answer["made"]["command"] == "finitune bench --seeds 0:1 --filter 'flipped_bit'"
+    assert answer["made"]["command"] == "finitune bench --seeds 0:1 --filter 'faults/flipped_bit/'"
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,13 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
 
 def test_a_folder_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    code, _, err = told(capsys, "bench", "--filter", "nan_row", "--seeds", "1", "--out", str(tmp_path / "file" / "x"))
+    code, _, err = told(capsys, "bench", "--filter", "faults/nan_row/", "--seeds", "1", "--out", str(tmp_path / "file" / "x"))
     assert code == 2
     assert "cannot be written" in err
 
 
 def test_chinese(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    words = ("--lang", "zh", "bench", "--filter", "nan_row", "--seeds", "1", "--out", str(tmp_path))
+    words = ("--lang", "zh", "bench", "--filter", "faults/nan_row/", "--seeds", "1", "--out", str(tmp_path))
     code, out, err = told(capsys, *words)
     assert code == 0
     assert "发现的故障" in out

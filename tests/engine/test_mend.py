@@ -77,7 +77,7 @@ def test_a_moment_that_was_bad_before_the_update_is_looked_into_and_not_retried(
 
     port = llama_port()
     train(port, 1)
-    name, parameter = port.parameters()[3]
+    _, parameter = port.parameters()[3]
     for value, verdict in ((float("inf"), "reproduced"), (1.0, "not_reproduced")):
         port.optimizer.state[parameter]["exp_avg_sq"].view(-1)[2] = value
         lab = lab_of(port)

@@ -178,3 +178,41 @@ def test_a_port_without_units_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one.port, "units", lambda step=None: ())
     with pytest.raises(NotPossible):
         find_rows(one, one.case)
+
+
+def lonely(numbers: list[int]) -> bool:
+    """Fails where one of the rows 2 and 5 stands alone; copies of it are company."""
+    return any(numbers.count(n) == 1 for n in (2, 5))
+
+
+def port_of_groups(bad: Any, rows: int = 8) -> BarePort:
+    model = nn.Linear(1, 1)
+
+    def loss_fn(of: nn.Module, batch: Any) -> torch.Tensor:
+        loss: torch.Tensor = of(batch["x"][:, :1]).mean()
+        return loss * float("nan") if bad(batch["x"][:, 0].int().tolist()) else loss
+
+    x = torch.arange(rows).float()[:, None].expand(rows, 5)
+    return BarePort(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, [[{"x": x}]])
+
+
+@pytest.mark.parametrize("lone", range(2, 8))
+def test_a_row_that_fails_for_being_alone_is_found_by_leaving_it_out(lone: int) -> None:
+    one = lab_of(port_of_groups(lambda numbers: numbers.count(lone) == 1), max_replays=60.0)
+    found = find_rows(one, one.case)
+    assert (found.units, found.isolated) == ((lone,), True)
+    assert found.num_shots <= 16
+
+
+def test_rows_that_fail_for_being_alone_are_those_that_the_localisation_names() -> None:
+    one = lab_of(port_of_groups(lonely), max_replays=60.0)
+    hints = [Suspect("row", str(n), {"micro": 0, "index": n}) for n in (2, 5)]
+    found = find_rows(one, with_case(one, suspects=tuple(hints)))
+    assert (found.units, found.isolated) == ((2, 5), True)
+
+
+def test_two_rows_that_fail_only_together_are_not_told_apart_by_leaving_one_out() -> None:
+    one = lab_of(port_of_groups(lambda numbers: 1 in numbers and 6 in numbers), max_replays=60.0)
+    found = find_rows(one, one.case)
+    assert not found.isolated
+    assert found.units == ()

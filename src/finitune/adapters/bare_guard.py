@@ -33,7 +33,7 @@ from finitune.adapters.bare_memory import Room
 from finitune.adapters.bare_monitor import monitor_of
 from finitune.adapters.bare_outcome import BareSettings, StepOutcome, at_start, exact_loss, known_of
 from finitune.adapters.bare_resume import Arrival, saved_state, taken_over
-from finitune.adapters.codes import CLOSED
+from finitune.adapters.codes import CLOSED, NOT_LOOKED
 from finitune.adapters.ranks import inner_of
 from finitune.adapters.ranks_lead import RanksGuard
 from finitune.adapters.ranks_team import Pace, Team, calling
@@ -95,11 +95,9 @@ def guard(  # noqa: PLR0913 (the names are the interface)
         memory_share: of the free memory, for copies of weights and optimizer state.
         capsule_rows: "full", or "ids": capsules hold no data, only the names of rows, and cannot be replayed.
         capsule_weights: "full", "lora" (what is trained, with moments), "digest", or "auto": "lora" up to 256 MiB.
-        check_accumulation: compute a first step of several micro-batches once more before it is trained on, to see
-            whether its gradient depends on how it is cut (loss_fn is called more often then; one process only).
-        ranks: the process group that the script trains on; by default that of DistributedDataParallel, or the default
-            group where one is initialised. All ranks then take every decision together; each keeps its journal, those
-            after rank 0 in run_dir/rank_N. False: this process alone.
+        check_accumulation: see whether a step of micro-batches depends on how it is cut; loss_fn is called more often.
+        ranks: the process group, by default that of DistributedDataParallel or the default one: all ranks decide
+            together, and each keeps a journal, rank N in run_dir/rank_N. False: this process alone.
 
     Raises UserError or UserErrors where these do not fit together.
     """
@@ -107,12 +105,14 @@ def guard(  # noqa: PLR0913 (the names are the interface)
     limits = {"max_replays": max_replays, "probation_steps": probation_steps}
     check(loop, policy, watch, limits, memory_share, (capsule_rows, capsule_weights))
     rules = GuardSettings(policy, max_replays, probation_steps=probation_steps, act_on_forecast=act_on_forecast)
-    held = HeldBatches(split_rows, row_ids)
-    capsule = CapsuleOptions(capsule_rows, capsule_weights)
+    held, capsule = HeldBatches(split_rows, row_ids), CapsuleOptions(capsule_rows, capsule_weights)
     team = Team.of(model, ranks)
-    cut = check_accumulation and team is None  # how often it computes hangs on the batch: ranks would part
+    cut = check_accumulation and team is None  # it computes as often as the batch asks for: ranks would part
     settings = BareSettings(rules, memory_share=memory_share, capsule=capsule, check_accumulation=cut)
-    return BareGuard(loop, held, run_dir if team is None else team.folder(run_dir), watch, settings, team)
+    made = BareGuard(loop, held, team.folder(run_dir) if team else run_dir, watch, settings, team)
+    if check_accumulation and team is not None:
+        made.note([NOT_LOOKED.find("accumulation", look="accumulation", error="several ranks")])
+    return made
 
 
 class BareGuard:
@@ -143,7 +143,7 @@ class BareGuard:
         self.engine = kind(self.port, judge, Policy(limits.max_aborts_in_a_row), timeline, hooks, limits.guard)
         self.pace = None if team is None else Pace(self.port, self.room.ring)
         self.looks = self.port.looks = Looks(loop, check_accumulation=limits.check_accumulation)
-        self._note(at_start(self.room, self.looks, self.engine.bad_from_start))
+        self.note(at_start(self.room, self.looks, self.engine.bad_from_start))
         self.incidents: list[Incident] = []
         """Closed incidents, oldest first."""
         self._halted: Halted | None = None
@@ -164,9 +164,9 @@ class BareGuard:
         if isinstance(batch, list) and not batch:
             raise UserError(CLOSED, what="an empty list")
         if self._arrival is not None:
-            self._note(self._arrival.finish(self, batch))
+            self.note(self._arrival.finish(self, batch))
             self._arrival = None
-        self._note(self.looks.batch(micros_of(batch), self.port.parameters()))
+        self.note(self.looks.batch(micros_of(batch), self.port.parameters()))
         self.port.push(batch)
         newest, turns = self.port.newest_step, list[Turn]()
         loss: torch.Tensor | None = None
@@ -178,11 +178,11 @@ class BareGuard:
                 self._stop_where_due(turns[-1])
         finally:
             self.port.generators_on()
-            self._note(self.port.findings)
+            self.note(self.port.findings)
             self.port.findings.clear()
         return self._outcome(turns, loss)
 
-    def _note(self, findings: Iterable[Finding]) -> None:
+    def note(self, findings: Iterable[Finding]) -> None:
         """Keep, record and log what was found; the next outcome tells it."""
         for finding in findings:
             self.findings.append(finding)
@@ -233,7 +233,7 @@ class BareGuard:
             found = self.room.missing()
         if self.pace is not None:
             self.pace.taken()
-        self._note([found] if found is not None else [])
+        self.note([found] if found is not None else [])
 
     def _stop_where_due(self, turn: Turn) -> None:
         if turn.halt is not None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from finitune.adapters.codes import BAD_ARGUMENT
 from finitune.adapters.codes_ranks import SHARDED
 from finitune.core.errors import UserError
 
@@ -86,20 +87,32 @@ def ranks_of(model: nn.Module, wanted: Any) -> Ranks | None:
     Args:
         model: as the loss function calls it.
         wanted: None: the group of DistributedDataParallel, else the default one, where one of several processes is
-            initialised; False: none; or a process group.
+            initialised; True: the same, which then has to be there; False: none; or a process group.
 
-    Raises UserError DST414 for sharded weights.
+    Raises UserError DST414 for sharded weights, SYS425 for what is no group.
     """
-    if wanted is False or not dist.is_available() or not dist.is_initialized():
+    there = dist.is_available() and dist.is_initialized()
+    if wanted is not None and not isinstance(wanted, bool) and not (there and isinstance(wanted, dist.ProcessGroup)):
+        raise _bad(f"a {type(wanted).__name__} is no process group that is initialised")
+    if wanted is True and not there:
+        raise _bad("torch.distributed is not initialised")
+    own: Any = model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if wanted is False and there and own is not None and dist.get_world_size(own) > 1:
+        raise _bad("False, and DistributedDataParallel exchanges gradients: a replay on one rank would wait for ever")
+    if wanted is False or not there:
         return None
-    ddp = isinstance(model, nn.parallel.DistributedDataParallel)
-    group: Any = (model.process_group if ddp else None) if wanted in (None, True) else wanted
+    group: Any = own if wanted in (None, True) else wanted
     if dist.get_world_size(group) < 2:
         return None
     sharded = [n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"]
     if sharded:
         raise UserError(SHARDED, sharded[0], name=sharded[0], count=len(sharded))
     return Ranks(group, next(p.device for p in model.parameters()))
+
+
+def _bad(problem: str) -> UserError:
+    cure = "call torch.distributed.init_process_group first, and leave ranks=None"
+    return UserError(BAD_ARGUMENT, "finitune.guard", name="ranks", problem=problem, cure=cure)
 
 
 def inner_of(model: nn.Module) -> nn.Module:

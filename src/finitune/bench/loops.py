@@ -51,7 +51,7 @@ class Script:
         parts, total = list(sequence(micros)), 0.0
         for micro in parts:
             loss = self.load.compute(self.load.model, micro) / len(parts)
-            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 

@@ -36,7 +36,7 @@ def fault_marks(expected: Expected, witness: Witness, *, final: float, clean: fl
         "poisoned_steps": len(witness.poisoned),
         "poisoned_checkpoints": len(witness.poisoned_checkpoints),
         "checkpoints": witness.num_checkpoints,
-        "place": place(expected, witness) if detected_at is not None else False,
+        "place": place(expected, witness) if detected_at is not None or not expected.places else False,
         "cause": told,
         "cause_said": [i["code"] for i in witness.incidents] or sorted({s.code for s in witness.said}),
         "remedy": remedy(expected, witness),

@@ -52,7 +52,7 @@ def _model(seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024}
+    sizes: dict[str, Any] = {"vocab_size": 8192, "hidden_size": 384, "intermediate_size": 1024}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=8, num_attention_heads=6)).train()
 
 

@@ -78,7 +78,7 @@ class Workload:
 
     def weight(self, module: str) -> Tensor:
         """The weight of a module, to be written to."""
-        tensor: Tensor = self.model.get_submodule(module).weight.data  # type: ignore[union-attr, assignment]
+        tensor: Tensor = self.model.get_submodule(module).weight.data  # type: ignore[assignment]
         return tensor
 
     @property
@@ -164,7 +164,7 @@ class Workload:
         """Weights, buffers and optimizer moments by name."""
         yield from self.model.named_parameters()
         yield from self.model.named_buffers()
-        names = {p: n for n, p in self.model.named_parameters()}
+        names: dict[Any, str] = {p: n for n, p in self.model.named_parameters()}
         for parameter, slots in self.optimizer.state.items():
             for slot, value in slots.items():
                 if isinstance(value, Tensor):

@@ -299,7 +299,9 @@ def _unforgotten(history: History, values: list[float], lr: float, config: Confi
     if not before:
         return 0
     usual = _level(history, before)
-    far = max(math.log(config.long_factor), 1.5 * _sigma(before[-_RECENT:]))
+    # A few first losses tell no spread: that of the level itself then says how easy they may have been by chance.
+    by_chance = 3.0 * _sigma(high) if len(before) < many else 0.0
+    far = max(math.log(config.long_factor), 1.5 * _sigma(before[-_RECENT:]), by_chance)
     return many if min(high) > usual and min(median(high), median(high[many // 2 :])) > usual + far else 0
 
 

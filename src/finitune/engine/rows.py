@@ -99,12 +99,22 @@ class _Search:
         return failing
 
     def leave_out(self) -> None:
-        """Every part is good, as copies of a row are company for it: the one row without which the others are good."""
+        """Every part is good, as copies of a row are company for it: the one row without which the others are good.
+
+        One of the others holds its place; where that is a copy of the culprit, leaving out another row as well tells.
+        """
         if len(self.units) > _SMALL_BATCH:
             return
-        missed = [u for u in self.all if not self.bad(tuple(v for v in self.all if v != u))]
+        missed = [u for u in self.all if not self.bad(self.without(u))]
+        if len(missed) > 1:
+            others = [u for u in self.all if u not in missed][:_MAX_ROUNDS]
+            missed = [u for u in missed if others and not any(self.bad(self.without(u, o)) for o in others)]
         if len(missed) == 1:
             self.culprits, self.combinations = set(missed), []
+
+    def without(self, *left_out: int) -> Part:
+        """All units but these."""
+        return tuple(u for u in self.all if u not in left_out)
 
     def rest(self) -> Part:
         """The units that are not accused."""
@@ -154,13 +164,13 @@ def _run(search: _Search, hint: Part) -> None:
             search.culprits |= set(hint)
     else:
         search.split(search.all)
+    if search.combinations == [search.all]:
+        search.leave_out()
     for _ in range(_MAX_ROUNDS):
         rest = search.rest()
         if search.too_many or not rest or not search.bad(rest):
             return
         search.split(rest)
-    if search.combinations == [search.all]:
-        search.leave_out()
     if search.rest():
         search.bad(search.rest())
 

@@ -104,6 +104,10 @@ def _moment_faults(prepared: Prepared) -> Iterator[str]:
     """A parameter has all the moments that its optimizer keeps, or none yet; anything else fails in the next step."""
     parts = prepared.port.parts
     expected = _SLOTS.get(parts.optim_settings.name, _ADAM_SLOTS)
+    trained = prepared.port.state.updates > 0 and bool(expected)
+    if trained and not any(parts.optimizer.state.get(p) for _, p in parts.parameters):
+        # Nothing would fail: the optimizer would begin anew, with the steps of a beginning.
+        yield text("resume.no.moments", name=parts.parameters[0][0], found="-", expected=", ".join(sorted(expected)))
     for name, parameter in parts.parameters:
         found = set(parts.optimizer.state.get(parameter, {}))
         if found and found != expected:

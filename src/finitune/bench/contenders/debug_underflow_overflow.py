@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from typing import Any
 
 from finitune.bench.loops import Script
 from finitune.bench.witness import Witness
@@ -26,7 +27,7 @@ class DebugScript(Script):
 
         super().__init__(load, witness)
         self.printed = io.StringIO()
-        self.debug = DebugUnderflowOverflow(load.model)
+        self.debug: Any = DebugUnderflowOverflow(load.model)  # type: ignore[no-untyped-call]
 
     def one(self, batch: object) -> tuple[bool, float]:
         """One optimizer step."""

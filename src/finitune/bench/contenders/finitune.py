@@ -81,7 +81,8 @@ def _train(load: Workload, witness: Witness, guarded: BareGuard) -> None:
 def _tell_findings(findings: Sequence[Finding], witness: Witness) -> None:
     for finding in findings:
         if finding.severity is not Severity.NOTE:
-            witness.find(finding.code, (("finding", finding.where),) if finding.where else ())
+            where = [("finding", finding.where)] if finding.where else []
+            witness.find(finding.code, (*where, *(("row", str(row)) for row in finding.rows)))
 
 
 def row_id(name: str) -> RowId:

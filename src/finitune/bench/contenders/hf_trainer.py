@@ -38,14 +38,14 @@ def _trainer(load: Workload, witness: Witness, folder: str) -> Any:
     from transformers import Trainer, TrainingArguments
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     micros = [micro for batch in load.batches for micro in sequence(batch)]
 
     class InOrder(Trainer):
         """The rows come in the order given, and the loss is the workload's."""
 
-        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-            return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        def _get_train_sampler(self, _dataset: Any = None) -> Any:
+            return SequentialSampler(micros)
 
         def compute_loss(self, model: Any, inputs: Any, *_given: Any, **_named: Any) -> Any:
             return load.compute(model, inputs)
@@ -67,7 +67,7 @@ def _trainer(load: Workload, witness: Witness, folder: str) -> Any:
         args=arguments,
         train_dataset=micros,
         data_collator=lambda items: items[0],
-        optimizers=(load.optimizer, load.scheduler()),
+        optimizers=(load.optimizer, load.scheduler()),  # type: ignore[arg-type]
         callbacks=[_watch(witness)],
     )
 

@@ -29,7 +29,7 @@ class TracedScript(Script):
                 loss = self.load.compute(self.load.model, micro) / len(parts)
                 if tracker.has_issue(loss):
                     self._diagnose(tracker, loss)
-            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+            (self.scaler.scale(loss) if self.scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return total
 

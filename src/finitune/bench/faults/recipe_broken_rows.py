@@ -2,7 +2,7 @@
 
 What happens in the field: an export that was stopped, two encodings in one file, an emoji cut in half by a character
 limit. Whoever reads such a file in one go fails at the first, or trains on what is left of them.
-Threads: google-research/bert#1405, qibin0506/Cortex#13.
+
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """N: a few rows stand in the file many times over, and the model learns them by heart.
 
 What happens in the field: an upload that was repeated, an upsampling that nobody remembers, a join that multiplied.
-The training loss falls all the faster. Threads: instructlab/instructlab#1003, deepset-ai/FARM#158.
+The training loss falls all the faster.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ Source:
 from __future__ import annotations
 
 from finitune.core.codes import Code, Text
+from finitune.core.incident import Suspect
 from finitune.core.types import Severity
 from finitune.engine.case import Case
 from finitune.engine.causes import _signs as signs

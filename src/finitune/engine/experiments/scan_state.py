@@ -91,7 +91,7 @@ def _suspect(lab: Lab, kind: str, name: str, tensor: torch.Tensor, *, dated: boo
 
 
 def _against_the_original(lab: Lab, kind: str, name: str) -> dict[str, Any]:
-    """What no state of the run holds (a frozen weight, a buffer): was it sound in the model that training began from?"""
+    """Whether what no state of the run holds (a frozen weight, a buffer) was sound in the original model."""
     original = lab.port.origin(name)
     if original is None:
         return {}

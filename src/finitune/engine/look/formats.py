@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -47,15 +47,27 @@ def half_trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Fin
     return [HALF_TRAINED.find(name, name=name, count=len(bad), total=total, eps=eps, optimizer=kind, fault_class="D")]
 
 
-def updates_lost(optimizer: torch.optim.Optimizer) -> list[Finding]:
+_ASKED_UPDATES = (0, 1, 10, 100, 1000)
+
+
+def _scheduled(group: Mapping[str, Any], number: int, scheduler: Any) -> float:
+    """The highest learning rate that a group will have, as far as it is known: a warm-up starts at 0."""
+    initial = float(group.get("initial_lr", group["lr"]))
+    factors = getattr(scheduler, "lr_lambdas", None)
+    if not isinstance(factors, list) or number >= len(factors):
+        return max(float(group["lr"]), initial)
+    return max(float(group["lr"]), *(initial * float(factors[number](n)) for n in _ASKED_UPDATES))
+
+
+def updates_lost(optimizer: torch.optim.Optimizer, scheduler: Any = None) -> list[Finding]:
     """OPT111 where an update of the learning rate's size moves fewer than half of the half-precision weights.
 
     Rounded to nearest, w + d is w again where the size of d is less than half of the last bit of w.
     """
     moved, count, seen = 0.0, 0, 0
     rates, dtypes = set[float](), set[torch.dtype]()
-    for group in _groups(optimizer):
-        rate = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
+    for number, group in enumerate(_groups(optimizer)):
+        rate = _scheduled(group, number, scheduler)
         trained = [p for p in group["params"] if p.requires_grad and p.dtype in _BITS and p.numel()]
         if not trained or not 0.0 < rate < math.inf:
             continue

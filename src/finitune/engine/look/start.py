@@ -31,5 +31,6 @@ def at_start(
     bad = {f.where for f in found}
     found += never_filled(model, bad) + hot_rows(model) + differing(model)
     if optimizer is not None:
-        found += half_trained(model, optimizer) + updates_lost(optimizer) + not_of_one_run(optimizer, scheduler)
+        found += half_trained(model, optimizer) + updates_lost(optimizer, scheduler)
+        found += not_of_one_run(optimizer, scheduler)
     return tuple(found)

@@ -21,7 +21,7 @@ HALF_MAX = 65504.0
 # Rows of real vocabularies (trained ones, and random ones) stay within a factor of some 5 of their median.
 HOT_ROW = 20.0
 """A row is out of proportion when it is this many times as long as the median row."""
-_MOST_HOT = 0.1
+_MOST_HOT = 0.25
 _TINY = 1e-30
 _ODD_SHARE = 0.01
 _HUGE = 1e3

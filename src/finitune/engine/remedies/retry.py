@@ -37,7 +37,7 @@ _CORRUPT_STATE = "SYS403"
 
 
 def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
-    """Only for a failure that did not repeat; for a tensor that is bad again after a retry, something must be mended."""
+    """Only for a failure that did not repeat; a tensor that is bad again after a retry must be mended."""
     relapsed = cause.code == _CORRUPT_STATE and rungs.relapses_at(case, cause, "retry") > 0
     if case.verdict is Verdict.NOT_REPRODUCED and not relapsed:
         yield Plan("retry", Safety.SAFE, now, data={"step": case.reading.step})
