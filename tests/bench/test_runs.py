@@ -12,6 +12,7 @@ from finitune.core import registry
 
 NAMES = registry.names("runs")
 KNOWN = {
+    "gloo_sft",
     "accumulated_sft",
     "dpo",
     "half_weights",

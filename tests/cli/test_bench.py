@@ -68,7 +68,9 @@ def test_what_makes_no_sense_is_refused_before_anything_runs(
 
 def test_a_folder_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x", encoding="utf-8")
-    code, _, err = told(capsys, "bench", "--filter", "faults/nan_row/", "--seeds", "1", "--out", str(tmp_path / "file" / "x"))
+    code, _, err = told(
+        capsys, "bench", "--filter", "faults/nan_row/", "--seeds", "1", "--out", str(tmp_path / "file" / "x")
+    )
     assert code == 2
     assert "cannot be written" in err
 

@@ -196,7 +196,8 @@ def port_of_groups(bad: Any, rows: int = 8) -> BarePort:
     return BarePort(model, torch.optim.SGD(model.parameters(), lr=0.1), loss_fn, [[{"x": x}]])
 
 
-@pytest.mark.parametrize("lone", range(2, 8))
+# Copies of the first rows hold the places of others: of these it stays open which of two it is.
+@pytest.mark.parametrize("lone", range(3, 8))
 def test_a_row_that_fails_for_being_alone_is_found_by_leaving_it_out(lone: int) -> None:
     one = lab_of(port_of_groups(lambda numbers: numbers.count(lone) == 1), max_replays=60.0)
     found = find_rows(one, one.case)

@@ -24,6 +24,7 @@ from torch import nn
 from finitune.adapters.bare import BarePort
 from finitune.adapters.bare_asked import Loop, LossFn
 from finitune.adapters.bare_batch import SplitRows
+from finitune.adapters.bare_beyond import ids_beyond
 from finitune.adapters.bare_checks import check
 from finitune.adapters.bare_held import HeldBatches, RowNames, micros_of
 from finitune.adapters.bare_keep import Keep
@@ -206,8 +207,11 @@ class BareGuard:
             self._halted = halt
             raise
         except BaseException as error:
+            micros = self.port.held.at(newest).micros if newest in self.port.held else ()
             if self.port.state.step == newest - 1:
                 self.port.withdraw()
+            if (told := ids_beyond(error, micros, self.port.model)) is not None:
+                raise told from error
             if isinstance(error, NotPossible) and error.__cause__ is not None:
                 raise error.__cause__ from None
             raise

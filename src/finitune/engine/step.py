@@ -9,10 +9,11 @@ ABORT    -> port.abort()                  all of them bit for bit as before
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finitune.core.robust import History
 from finitune.core.types import Judgement, Reading, RowId, Verdict
+from finitune.detectors.nothing_to_train import NOTHING_TO_TRAIN
 from finitune.engine.judge import Judge
 from finitune.engine.monitor import read
 from finitune.engine.port import Port
@@ -41,4 +42,12 @@ def transact(port: Port, judge: Judge, history: History) -> Outcome:
         port.commit(reading)
     else:
         port.abort()
-    return Outcome(reading, judgement, trace.rows)
+    return Outcome(reading, _with_rows(judgement, trace.rows), trace.rows)
+
+
+def _with_rows(judgement: Judgement, rows: tuple[RowId, ...]) -> Judgement:
+    """A finding of a batch without any target is about every row of it; a detector knows only numbers."""
+    if not any(f.code == NOTHING_TO_TRAIN.code and not f.rows for f in judgement.findings):
+        return judgement
+    told = [replace(f, rows=rows) if f.code == NOTHING_TO_TRAIN.code and not f.rows else f for f in judgement.findings]
+    return Judgement(judgement.verdict, tuple(told))

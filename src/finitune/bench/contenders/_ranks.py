@@ -39,7 +39,7 @@ Drive = Callable[[Workload, Witness, nn.Module], None]
 
 def is_wanted(load: Any) -> bool:
     """Whether a workload is one of several ranks, and this process none of them."""
-    return NEED in getattr(member("runs", load.run), "NEEDS", ()) and not dist.is_initialized()
+    return NEED in getattr(member("runs", load.run.partition("@")[0]), "NEEDS", ()) and not dist.is_initialized()
 
 
 def drive(load: Workload, witness: Witness) -> None:

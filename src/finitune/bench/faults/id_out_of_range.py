@@ -33,7 +33,7 @@ def plant(load: Workload, random: Random) -> Expected:
     return Expected(
         says=f"token {place} of row {name} has the id {token} of {_text.VOCAB}, first seen at step {first}",
         step=first,
-        codes=("DAT045", "MOD402"),
+        codes=("DAT115", "DAT045", "MOD402"),
         places=(("row", name),),
         remedies=("halt", "skip_rows"),
         never=("OPT", "NUM", "SYS"),

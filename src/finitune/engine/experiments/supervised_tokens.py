@@ -59,7 +59,7 @@ def run(lab: Lab, case: Case) -> Findings:
     supervised = min(counts)
     empty = [m for m, t in enumerate(labels) if t is not None and not bool((t != IGNORED).any())]
     rows = _rows_of(lab, empty)
-    numbers = {"supervised": supervised, "tokens": case.reading.tokens, "empty_micros": empty}
+    numbers: dict[str, Any] = {"supervised": supervised, "tokens": case.reading.tokens, "empty_micros": empty}
     numbers |= {"empty_rows": [s.name for s in rows], "num_micros": len(labels)}
     return evidence("supervised_tokens", supervised > 0, **numbers), rows
 
