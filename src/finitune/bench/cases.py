@@ -51,17 +51,19 @@ def cases(
     *,
     heavy: bool = False,
     quick: bool = False,
+    others: Sequence[int] | None = None,
 ) -> list[Case]:
     """All cases whose name or key matches one of the patterns (shell wildcards, or a part of it); all without patterns.
 
     ``heavy``: also the members that say HEAVY (a real model), which are left out otherwise. ``quick``: short
-    healthy runs, and no overhead.
+    healthy runs, and no overhead. ``others``: seeds of the contenders that are not ours; None: the same.
     """
     found = []
     for kind, name in _members(heavy=heavy):
         for contender in contenders:
+            asked = seeds if contender == OURS or others is None else others
             if _is_due(kind, name, contender) and not (quick and kind == "overhead"):
-                found += [Case(kind, name, seed, contender, quick) for seed in _seeds(kind, name, seeds)]
+                found += [Case(kind, name, seed, contender, quick) for seed in _seeds(kind, name, asked)]
     return [c for c in found if _matches(c, patterns)]
 
 

@@ -34,6 +34,9 @@ def bench(  # noqa: PLR0913, PLR0917 (the options are the interface)
     contender: Annotated[
         list[str] | None, typer.Option("--contender", metavar="NAME", help=text("bench.help.contender"))
     ] = None,
+    other_seeds: Annotated[
+        str | None, typer.Option("--other-seeds", metavar="N|A:B|A,B", help=text("bench.help.other_seeds"))
+    ] = None,
     heavy: Annotated[bool, typer.Option("--heavy", help=text("bench.help.heavy"))] = False,
     quick: Annotated[bool, typer.Option("--quick", help=text("bench.help.quick"))] = False,
     tell: Annotated[bool, typer.Option("--tell", help=text("bench.help.tell"))] = False,
@@ -44,14 +47,21 @@ def bench(  # noqa: PLR0913, PLR0917 (the options are the interface)
     """Run what is asked for, and tell the score."""
     if listed:
         return _list()
-    cases = _cases(only or (), seeds, contender or (), jobs, heavy=heavy, quick=quick)
-    switches = [name for name, on in (("--heavy", heavy), ("--quick", quick)) if on]
+    cases = _cases(only or (), (seeds, other_seeds), contender or (), jobs, heavy=heavy, quick=quick)
+    switches = [f"--other-seeds {other_seeds}"] if other_seeds is not None else []
+    switches += [name for name, on in (("--heavy", heavy), ("--quick", quick)) if on]
     command = _command(only or (), seeds, contender or (), switches)
     return _run(cases, out, jobs, command, fresh=fresh, tell=tell)
 
 
 def _cases(
-    only: Sequence[str], seeds: str, contenders: Sequence[str], jobs: int, *, heavy: bool, quick: bool
+    only: Sequence[str],
+    seeds: tuple[str, str | None],
+    contenders: Sequence[str],
+    jobs: int,
+    *,
+    heavy: bool,
+    quick: bool,
 ) -> list[Case]:
     """What is to be run. Raises UsageFault-like errors for anything that makes no sense."""
     from finitune.bench.cases import OURS, cases
@@ -60,12 +70,12 @@ def _cases(
     known = names("contenders")
     chosen = known if _MANY in contenders else tuple(contenders) or (OURS,)
     wrong = [text("bench.unknown_contender", given=n, known=", ".join(known)) for n in chosen if n not in known]
-    numbers = _seeds(seeds)
-    wrong += [] if numbers else [text("bench.bad_seeds", given=seeds)]
+    numbers, others = _seeds(seeds[0]), _seeds(seeds[0] if seeds[1] is None else seeds[1])
+    wrong += [text("bench.bad_seeds", given=g) for g, n in zip(seeds, (numbers, others), strict=True) if not n]
     wrong += [text("bench.too_few", given=jobs)] if jobs < 1 else []
     if wrong:
         raise _usage("; ".join(wrong))
-    found = cases(numbers, only, chosen, heavy=heavy, quick=quick)
+    found = cases(numbers, only, chosen, heavy=heavy, quick=quick, others=others)
     if not found:
         raise _usage(text("bench.quiet", filters=", ".join(only)))
     return found

@@ -3,6 +3,7 @@
 TEXTS = {
     "bench.help.filter": "Only cases that match: a fault's name, a part of a key, or wildcards. May be repeated.",
     "bench.help.seeds": "Seeds: a number N (0 to N-1), a range A:B (without B), or a list A,B,C.",
+    "bench.help.other_seeds": "Seeds of the other contenders, where these are fewer.",
     "bench.help.jobs": "Cases side by side, one processor core each.",
     "bench.help.contender": "Who trains: finitune (usual), another contender, or all. May be repeated.",
     "bench.help.heavy": "Also the cases with a real model (SmolLM2-135M).",

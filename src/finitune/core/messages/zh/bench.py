@@ -3,6 +3,7 @@
 TEXTS = {
     "bench.help.filter": "只运行匹配的用例：故障名、键的一部分或通配符。可重复给出。",
     "bench.help.seeds": "种子：数字 N（0 到 N-1）、区间 A:B（不含 B）或列表 A,B,C。",
+    "bench.help.other_seeds": "其他参与者使用的种子（若更少）。",
     "bench.help.jobs": "同时运行的用例数，每个用一个处理器核。",
     "bench.help.contender": "由谁训练：finitune（默认）、其他参与者或 all。可重复给出。",
     "bench.help.heavy": "也运行使用真实模型（SmolLM2-135M）的用例。",
