@@ -47,7 +47,7 @@ bench-quick: install
 
 # The whole of it: five seeds, 100,000 healthy steps, every contender that is installed, the real model.
 faultbench: install model
-	OMP_NUM_THREADS=1 $(BIN)/finitune bench --seeds 5 --other-seeds 1 --jobs $(JOBS) --heavy --contender all --out build/faultbench
+	OMP_NUM_THREADS=1 $(BIN)/finitune bench --seeds 100:105 --other-seeds 100:101 --jobs $(JOBS) --heavy --contender all --out build/faultbench
 	cp build/faultbench/faultbench.json build/faultbench/faultbench.md build/faultbench/faultbench.svg benchmarks/
 
 clean:

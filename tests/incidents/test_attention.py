@@ -52,7 +52,7 @@ def test_a_backward_that_fails_for_one_row_is_no_overflow_of_the_forward(tmp_pat
     [(step, row)] = planted.places(3)
     story = tell(port, tmp_path, planted.nan_backward(step, row, "model.layers.1.self_attn.q_proj"))
     found = shows(
-        story, "NUM403", "DAT401", remedies=("skip_rows", "drop_batch", "math_attention"), never=(*NEVER, "NUM404")
+        story, "NUM403", "NUM405", remedies=("skip_rows", "drop_batch", "math_attention"), never=(*NEVER, "NUM404")
     )
     assert found.trigger.value == "gradient"
     assert "layers.1.self_attn" in summary(found), summary(found)

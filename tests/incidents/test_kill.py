@@ -112,7 +112,7 @@ COURSES = {
         ("precision=fp16-emulated", "learning_rate=1e-4", "guard.probation_steps=3"),
         14,
     ),
-    "lower rate": lambda: Course(planted.high_rate(19, 100.0), ("learning_rate=3e-3",), 25),
+    "lower rate": lambda: Course(planted.high_rate(20, 100.0), ("learning_rate=3e-3",), 34),
     "quarantine": lambda: Course(planted.nan_inputs((6, 2)), (), 12),
 }
 
