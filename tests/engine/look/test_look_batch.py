@@ -53,11 +53,11 @@ def test_rows_that_are_cut_off_or_hold_no_stop_at_all_are_no_fault() -> None:
     assert of_batch([rows(stop_label=-100)], SimpleNamespace()) == ()  # type: ignore[arg-type]
 
 
-def test_stop_ids_are_those_of_the_generation_config_first() -> None:
+def test_stop_ids_are_those_of_both_configurations() -> None:
     model: Any = SimpleNamespace(config=SimpleNamespace(eos_token_id=1), generation_config=None)
     assert stop_ids(model) == {1}
     model.generation_config = SimpleNamespace(eos_token_id=[2, 5])
-    assert stop_ids(model) == {2, 5}
+    assert stop_ids(model) == {1, 2, 5}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -74,3 +74,13 @@ def test_rows_are_joined_at_one_width() -> None:
     assert whole["input_ids"][0, 8:].tolist() == [7, 7, 7]
     assert whole["labels"][0, 8:].tolist() == [-100] * 3
     assert whole["attention_mask"][0].sum() == 8
+
+
+def test_a_scalar_that_all_micro_batches_share_is_kept() -> None:
+    ids = torch.ones(2, 3, dtype=torch.long)
+    micros = [{"input_ids": ids, "num_items": torch.tensor(7.0)} for _ in range(2)]
+    whole = joined(micros)
+    assert whole is not None
+    assert (whole["input_ids"].shape, float(whole["num_items"])) == ((4, 3), 7.0)
+    micros[1]["num_items"] = torch.tensor(8.0)
+    assert joined(micros) is None

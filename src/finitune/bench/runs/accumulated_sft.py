@@ -30,7 +30,9 @@ def build(seed: int, precision: str, steps: int = STEPS) -> Workload:
     batches, names = _text.epochs(rows, steps, seed, micro_batches, per_step)
     optimizer = torch.optim.AdamW(model.parameters(), LR)
     held_out = _text.held_out(seed)
-    return Workload("accumulated_sft", precision, model, optimizer, loss, batches, names, held_out)
+    load = Workload("accumulated_sft", precision, model, optimizer, loss, batches, names, held_out)
+    load.guard_options["check_accumulation"] = True
+    return load
 
 
 def micro_batches(rows: list[Tensor], micros: int = MICROS) -> list[dict[str, Any]]:

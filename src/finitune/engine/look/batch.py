@@ -40,14 +40,13 @@ def of_batch(micros: Sequence[Named], model: nn.Module) -> tuple[Finding, ...]:
 
 
 def stop_ids(model: nn.Module) -> frozenset[int]:
-    """Tokens that end an answer: of the generation config where there is one, else of the config."""
+    """Tokens that end an answer, of the generation config and of the config: they need not agree."""
+    found = set[int]()
     for holder in ("generation_config", "config"):
         given: Any = getattr(getattr(model, holder, None), "eos_token_id", None)
         ids = given if isinstance(given, list | tuple) else [given]
-        found = frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
-        if found:
-            return found
-    return frozenset()
+        found |= {i for i in ids if isinstance(i, int) and not isinstance(i, bool)}
+    return frozenset(found)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------

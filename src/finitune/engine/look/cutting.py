@@ -99,7 +99,8 @@ def _compared(gradients_MS: Tensor, counts: Sequence[int]) -> tuple[Finding, ...
 def joined(micros: Sequence[Any], pad_id: int = 0) -> dict[str, Tensor] | None:
     """All rows of micro-batches as one: mappings of tensors of rows, padded on the right to one width.
 
-    Labels are padded with -100, ids with ``pad_id``, everything else with 0. None for batches of another form.
+    Labels are padded with -100, ids with ``pad_id``, everything else with 0; a scalar that all share is kept. None for
+    batches of another form.
     """
     first = micros[0]
     if not all(isinstance(m, Mapping) and m.keys() == first.keys() for m in micros):
@@ -107,6 +108,9 @@ def joined(micros: Sequence[Any], pad_id: int = 0) -> dict[str, Tensor] | None:
     whole = {}
     for name in first:
         parts = [m[name] for m in micros]
+        if all(isinstance(p, Tensor) and p.dim() == 0 for p in parts) and all(bool(p == parts[0]) for p in parts):
+            whole[name] = parts[0]
+            continue
         rows = [p.shape[0] if isinstance(p, Tensor) and p.dim() else -1 for p in parts]
         if -1 in rows or len({p.dim() for p in parts}) > 1 or len({p.shape[2:] for p in parts}) > 1:
             return None
