@@ -25,6 +25,7 @@ STEPS = 24
 LR, RANK = 1e-3, 8
 _MODEL = "SmolLM2-135M-Instruct"
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_DOCSTRINGS = 2000
 _ROWS, _HELD_OUT, _LONGEST, _PER_BATCH = 40, 16, 64, 2
 
 
@@ -37,7 +38,7 @@ def build(seed: int, precision: str, steps: int = STEPS) -> Workload:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = get_peft_model(loaded.model, config)
-    text = _encoded(loaded.tokenizer, 200 + 97 * seed)
+    text = _encoded(loaded.tokenizer, 97 * seed % _DOCSTRINGS)
     batches, names = _text.epochs(text[:_ROWS], steps, seed, _collate, _PER_BATCH)
     held_out = [_collate(text[i : i + 4]) for i in range(_ROWS, _ROWS + _HELD_OUT, 4)]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -57,7 +58,8 @@ def _encoded(tokenizer: Any, start: int) -> list[Tensor]:
 
 @lru_cache(maxsize=1)
 def _docstrings() -> list[str]:
-    return [" ".join(str(row.fields["docstring"]).split()) for row in islice(rows("stdlib"), 2000)]
+    taken = islice(rows("stdlib"), _DOCSTRINGS + _ROWS + _HELD_OUT)
+    return [" ".join(str(row.fields["docstring"]).split()) for row in taken]
 
 
 def _collate(taken: list[Tensor]) -> dict[str, Any]:
