@@ -236,3 +236,11 @@ def test_what_was_not_learnt_by_heart_is_no_spike(traces: ModuleType) -> None:
     steps[250] = replace(steps[250], loss=7.5, grad_norm=30.0)
     assert traces.show(steps, traces.of(loss_spike)) == []
     assert traces.show(steps, traces.of(gradient_explosion)) == []
+
+
+def test_losses_of_either_sign_have_no_logarithm_to_stand_out_by(traces: ModuleType) -> None:
+    small = [Reading(step=i + 1, loss=0.01 * (-1) ** (i % 3), grad_norm=1.0) for i in range(90)]
+    large = Reading(step=91, loss=5.0, grad_norm=1.0)
+    assert traces.show([*small, large], traces.of(loss_spike)) == []
+    positive = [replace(r, loss=abs(r.loss)) for r in small]
+    assert [step for step, _ in traces.show([*positive, large], traces.of(loss_spike))] == [91]

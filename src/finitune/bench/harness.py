@@ -8,6 +8,8 @@ Expected + Witness + clean loss -> marks            one JSON-able record
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import math
 import warnings
@@ -159,7 +161,8 @@ def quiet() -> Iterator[None]:
     before = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        # Standard output belongs to the answer of the command, which may be one JSON object.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
