@@ -123,8 +123,11 @@ def _run(cases: Sequence[Case], out: Path, jobs: int, command: str, *, fresh: bo
 
 
 def _is_sound(score: dict[str, Any]) -> bool:
-    """Nothing that may never happen: a defect of the bench, a poisoned step or checkpoint, a touched healthy run."""
-    never = ("poisoned_steps", "poisoned_trusted_checkpoints", "interventions_healthy")
+    """Nothing that may never happen: a defect of the bench, a poisoned checkpoint, a touched healthy run.
+
+    Poisoned steps are told, not judged: a moment that is spoilt from outside is found when moments are looked at next.
+    """
+    never = ("poisoned_trusted_checkpoints", "interventions_healthy")
     return not score["defects"] and not any(score["summary"][key] for key in never)
 
 
