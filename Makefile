@@ -40,7 +40,7 @@ golden: install
 bench: install model
 	$(BIN)/python benchmarks/run_all.py
 
-# FaultBench: every fault once and short healthy runs, a few minutes on two cores; fails if a checkpoint is poisoned or a healthy run touched.
+# FaultBench: every fault once and short healthy runs, a few minutes on two cores; fails if a weight or checkpoint is poisoned, or a healthy run touched.
 JOBS ?= 2
 bench-quick: install
 	OMP_NUM_THREADS=1 $(BIN)/finitune bench --quick --seeds 1 --jobs $(JOBS) --out build/faultbench-quick

@@ -21,6 +21,7 @@ def fault(**changes: Any) -> dict[str, Any]:
         "contender": "finitune",
         "detected": True,
         "poisoned_steps": 0,
+        "poisoned_weight_steps": 0,
         "poisoned_checkpoints": 0,
         "place": True,
         "cause": "right",
@@ -59,7 +60,7 @@ def test_every_fault_counts_once() -> None:
     records = [
         fault(),
         fault(detected=False, place=False, cause=None, cured=False, remedy=False, incidents=[]),
-        fault(cause="wrong", place=None, cured=None, poisoned_steps=3, poisoned_checkpoints=1),
+        fault(cause="wrong", place=None, cured=None, poisoned_steps=3, poisoned_weight_steps=2, poisoned_checkpoints=1),
         fault(cause="unknown", remedy=None),
     ]
     score = summary(records)
@@ -68,6 +69,7 @@ def test_every_fault_counts_once() -> None:
     # No cause at all counts as "unknown".
     assert (score["cause_top1"], score["cause_wrong"], score["cause_unknown"]) == (1 / 4, 1 / 4, 2 / 4)
     assert score["cured_within_1pct"] == 2 / 3
+    assert score["poisoned_weight_steps"] == 2
     assert (score["poisoned_steps"], score["poisoned_trusted_checkpoints"]) == (3, 1)
 
 

@@ -30,7 +30,8 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
-from finitune.core.messages.catalogue import set_language, text
+from finitune.bench.words import line
+from finitune.core.messages.catalogue import set_language
 from finitune.core.registry import names
 
 FOLDER = "tests/casebook"
@@ -150,26 +151,10 @@ def read(name: str, content: str) -> Page:
 
 def transcript(record: Mapping[str, Any]) -> list[str]:
     """What ``finitune bench --tell`` says of one case, before the score."""
-    lines = [f"[1/1] {record['key']}: {_verdict(record)}", f"{record['key']}: {record['says']}"]
+    lines = [f"[1/1] {record['key']}: {line(record)}", f"{record['key']}: {record['says']}"]
     for incident in record["incidents"]:
         lines += ["", *incident["summary"]]
     return lines
-
-
-def _verdict(record: Mapping[str, Any]) -> str:
-    return text(
-        "bench.case.fault",
-        detected=text("bench.yes" if record["detected"] else "bench.no"),
-        cause=f"{', '.join(record['cause_said']) or '-'} ({record['cause'] or '-'})",
-        remedy=", ".join(record["remedy_said"]),
-        percent=_percent(record),
-    )
-
-
-def _percent(record: Mapping[str, Any]) -> str:
-    if not record["curable"]:
-        return text("bench.not_scored")
-    return text("bench.not_finite") if record["percent"] is None else f"{record['percent']:+.2f} %"
 
 
 def acted(page: Page) -> list[str]:

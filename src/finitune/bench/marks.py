@@ -34,6 +34,7 @@ def fault_marks(expected: Expected, witness: Witness, *, final: float, clean: fl
         "lag_steps": None if detected_at is None else detected_at - max(expected.step, 1),
         "early_alarms": len(witness.incidents) - len(about(expected, witness)),
         "poisoned_steps": len(witness.poisoned),
+        "poisoned_weight_steps": len(witness.poisoned_weights),
         "poisoned_checkpoints": len(witness.poisoned_checkpoints),
         "checkpoints": witness.num_checkpoints,
         "place": place(expected, witness) if detected_at is not None or not expected.places else False,

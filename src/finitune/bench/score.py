@@ -92,6 +92,7 @@ def summary(records: Sequence[Record]) -> dict[str, Any]:
     return {
         **{name: entry["value"] for name, entry in found.items()},
         "poisoned_steps": sum(r["poisoned_steps"] for r in faults) if faults else None,
+        "poisoned_weight_steps": sum(r["poisoned_weight_steps"] for r in faults) if faults else None,
         "poisoned_trusted_checkpoints": sum(r["poisoned_checkpoints"] for r in faults) if faults else None,
         **{name: calm[name] for name in ("interventions_healthy", "findings_per_10k_healthy")},
         "overhead_median": median(overheads) if overheads else None,

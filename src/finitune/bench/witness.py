@@ -41,6 +41,8 @@ class Witness:
     """Steps whose batch was not committed."""
     poisoned: list[int] = field(default_factory=list)
     """Steps that were committed and left a non-finite weight, buffer or moment."""
+    poisoned_weights: list[int] = field(default_factory=list)
+    """Those of them that left a non-finite weight or buffer."""
     num_checkpoints: int = 0
     poisoned_checkpoints: list[int] = field(default_factory=list)
     error: str = ""
@@ -73,9 +75,9 @@ class Witness:
             act()
 
     def _look(self, step: int, *, committed: bool) -> None:
-        bad = [name for name in bad_tensors(self.load.state_tensors()) if name not in self.load.spoilt]
-        if bad and committed:
-            self.poisoned.append(step)
+        bad = self._bad()
+        if committed:
+            self._note(step, bad)
         if step % CHECKPOINT_STEPS == 0:
             self.num_checkpoints += 1
             if bad:
@@ -86,6 +88,14 @@ class Witness:
         self.time_s += time.perf_counter() - self._started_s
         self.error = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         self.error_step = self.load.step
-        bad = [name for name in bad_tensors(self.load.state_tensors()) if name not in self.load.spoilt]
-        if bad and self.load.step in self.losses:
-            self.poisoned.append(self.load.step)
+        if self.load.step in self.losses:
+            self._note(self.load.step, self._bad())
+
+    def _bad(self) -> list[str]:
+        return [name for name in bad_tensors(self.load.state_tensors()) if name not in self.load.spoilt]
+
+    def _note(self, step: int, bad: list[str]) -> None:
+        if bad:
+            self.poisoned.append(step)
+        if any("|" not in name for name in bad):  # PARAMETER|SLOT is a moment
+            self.poisoned_weights.append(step)

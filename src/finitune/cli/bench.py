@@ -123,12 +123,15 @@ def _run(cases: Sequence[Case], out: Path, jobs: int, command: str, *, fresh: bo
 
 
 def _is_sound(score: dict[str, Any]) -> bool:
-    """Nothing that may never happen: a defect of the bench, a poisoned checkpoint, a touched healthy run.
+    """Nothing that may never happen: a defect, a poisoned weight or checkpoint, a touched healthy run.
 
-    Poisoned steps are told, not judged: a moment that is spoilt from outside is found when moments are looked at next.
+    A moment that is spoilt from outside is found when moments are looked at next: such steps are told, not judged.
     """
-    never = ("poisoned_trusted_checkpoints", "interventions_healthy")
-    return not score["defects"] and not any(score["summary"][key] for key in never)
+    from finitune.bench.cases import OURS
+
+    ours = score["contenders"].get(OURS, {})
+    never = ("poisoned_weight_steps", "poisoned_trusted_checkpoints", "interventions_healthy")
+    return not score["defects"] and not any(ours.get(key) for key in never)
 
 
 def _incidents(record: dict[str, Any]) -> list[str]:
@@ -141,31 +144,9 @@ def _incidents(record: dict[str, Any]) -> list[str]:
 
 def _told(done: int, count: int, record: dict[str, Any]) -> None:
     """One line a case, on stderr."""
-    print(f"[{done}/{count}] {record['key']}: {_line(record)}", file=sys.stderr, flush=True)
+    from finitune.bench.words import line
 
-
-def _line(record: dict[str, Any]) -> str:
-    if "defect" in record:
-        return text("bench.case.defect", reason=record["defect"])
-    if "skipped" in record:
-        return text("bench.case.skipped", reason=record["skipped"])
-    if record["kind"] == "overhead":
-        return text("bench.case.overhead", ratio=record["ratio"])
-    if record["kind"] == "controls":
-        return text("bench.case.control", **{k: record[k] for k in ("steps", "findings", "interventions")})
-    return text(
-        "bench.case.fault",
-        detected=text("bench.yes" if record["detected"] else "bench.no"),
-        cause=f"{', '.join(record['cause_said']) or '-'} ({record['cause'] or '-'})",
-        remedy=", ".join(record["remedy_said"]),
-        percent=_percent(record),
-    )
-
-
-def _percent(record: dict[str, Any]) -> str:
-    if not record["curable"]:
-        return text("bench.not_scored")
-    return text("bench.not_finite") if record["percent"] is None else f"{record['percent']:+.2f} %"
+    print(f"[{done}/{count}] {record['key']}: {line(record)}", file=sys.stderr, flush=True)
 
 
 def _summary(name: str, side: dict[str, Any]) -> list[Block]:

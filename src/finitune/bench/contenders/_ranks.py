@@ -109,6 +109,7 @@ def _take(witness: Witness, told: list[dict[str, Any]]) -> None:
     witness.losses = {int(step): loss for step, loss in told[0]["losses"].items()}
     witness.refused, witness.incidents = told[0]["refused"], told[0]["incidents"]
     witness.poisoned = sorted({step for one in told for step in one["poisoned"]})
+    witness.poisoned_weights = sorted({step for one in told for step in one["poisoned_weights"]})
     witness.num_checkpoints = told[0]["num_checkpoints"]
     witness.poisoned_checkpoints = sorted({step for one in told for step in one["poisoned_checkpoints"]})
     failed = next((one for one in told if one["error"]), told[0])
@@ -152,8 +153,9 @@ def of_rank(load: Workload, rank: int) -> None:
 
 
 def _told(witness: Witness) -> dict[str, Any]:
-    fields = ("losses", "refused", "poisoned", "num_checkpoints", "poisoned_checkpoints", "error", "error_step")
-    told = {name: getattr(witness, name) for name in (*fields, "incidents", "time_s")}
+    fields = ("losses", "refused", "num_checkpoints", "error", "error_step", "incidents", "time_s")
+    poisoned = ("poisoned", "poisoned_weights", "poisoned_checkpoints")
+    told = {name: getattr(witness, name) for name in (*fields, *poisoned)}
     return told | {"said": [[s.step, s.code, [list(w) for w in s.where], s.text] for s in witness.said]}
 
 
