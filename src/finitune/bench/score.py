@@ -120,6 +120,11 @@ def by_contender(records: Sequence[Record]) -> dict[str, list[Record]]:
     return found
 
 
+def _slim(score: dict[str, Any]) -> dict[str, Any]:
+    """A summary without what its numbers were made from: there is one for every case and contender."""
+    return {key: value for key, value in score.items() if key not in ("rates", "healthy")}
+
+
 def whole(records: Sequence[Record], ours: str) -> dict[str, Any]:
     """The score as it is written to disk: ours at the top, every contender below, and what failed."""
     sides = by_contender(records)
@@ -128,7 +133,7 @@ def whole(records: Sequence[Record], ours: str) -> dict[str, Any]:
         "summary": {key: summary(own)[key] for key in KEYS},
         "intervals": {k: v["interval"] for k, v in summary(own)["rates"].items()},
         "contenders": {name: summary(side) for name, side in sides.items()},
-        "cases": {name: by_name(side) for name, side in sides.items()},
+        "cases": {name: {case: _slim(s) for case, s in by_name(side).items()} for name, side in sides.items()},
         "defects": [{"key": r["key"], "defect": r["defect"]} for r in records if "defect" in r],
         "skipped": sorted({(r["contender"], r["skipped"]) for r in records if "skipped" in r}),
     }
