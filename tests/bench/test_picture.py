@@ -12,7 +12,7 @@ _SVG = "{http://www.w3.org/2000/svg}"
 
 def record(**changes: Any) -> dict[str, Any]:
     base = {"kind": "faults", "name": "a", "fault_class": "A", "contender": "finitune", "seed": 0, "detected": True}
-    rest = {"poisoned_steps": 0, "curable": True, "final_loss": 1.0, "cured": True, "error": ""}
+    rest = {"poisoned_steps": 0, "curable": True, "final_loss": 1.0, "cured": True, "error": "", "remedy": True}
     return base | rest | changes
 
 
@@ -24,6 +24,9 @@ def test_fates() -> None:
     assert fate(record(poisoned_steps=1)) == "poisoned"
     assert fate(record(cured=False, final_loss=None)) == "poisoned"
     assert fate(record(curable=False, cured=None, final_loss=None, error="Halted: x")) == "stopped"
+    assert fate(record(curable=False, cured=None)) == "cured"
+    assert fate(record(curable=False, cured=None, remedy=None)) == "cured"
+    assert fate(record(curable=False, cured=None, remedy=False)) == "went on", "every step refused is no cure"
 
 
 def test_the_picture_is_well_formed_and_complete() -> None:
@@ -46,3 +49,8 @@ def test_names_are_escaped() -> None:
 
 def test_nothing_gives_an_empty_picture() -> None:
     ElementTree.fromstring(svg([]))
+
+
+def test_ours_is_the_first_column() -> None:
+    picture = svg([record(contender="another"), record()])
+    assert picture.index(">finitune<") < picture.index(">another<")

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from finitune.bench.cases import OURS
 from finitune.bench.score import Record, by_contender, scored
 
 FATES = {
-    "cured": ("#1a7f4b", "trained on; final loss within 1 % of the clean run"),
-    "went on": ("#c9b037", "trained on; final loss worse than that"),
+    "cured": ("#1a7f4b", "final loss within 1 % of the clean run; where no loss tells: noticed, and treated rightly"),
+    "went on": ("#c9b037", "noticed and trained on, worse than that"),
     "stopped": ("#4a6fa5", "stopped, with a finite state"),
     "unnoticed": ("#c77c48", "finite, nothing noticed"),
     "poisoned": ("#a32035", "non-finite weights or moments"),
@@ -25,14 +26,15 @@ def fate(record: Record) -> str:
         return "poisoned"
     if record["error"]:
         return "stopped"
-    if record["cured"] or (not record["curable"] and record["detected"]):
+    if record["cured"] or (not record["curable"] and record["detected"] and record["remedy"] is not False):
         return "cured"
     return "went on" if record["detected"] else "unnoticed"
 
 
 def svg(records: Sequence[Record]) -> str:
     """The picture; a cell is divided by the fates of its seeds."""
-    sides = by_contender(scored([r for r in records if r["kind"] == "faults"]))
+    faults = scored([r for r in records if r["kind"] == "faults"])
+    sides = by_contender(sorted(faults, key=lambda r: (r["contender"] != OURS, r["contender"])))
     rows = sorted({(r["fault_class"], r["name"]) for side in sides.values() for r in side})
     width = _LEFT + len(sides) * (3 * _CELL + _GAP) + 20
     legend_top = _TOP + len(rows) * (_CELL + _GAP) + 24
