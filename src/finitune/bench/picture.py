@@ -16,7 +16,7 @@ FATES = {
     "unnoticed": ("#c77c48", "finite, nothing noticed"),
     "poisoned": ("#a32035", "non-finite weights or moments"),
 }
-_CELL, _GAP, _LEFT, _TOP = 22, 2, 250, 150
+_CELL, _GAP, _LEFT, _TOP, _RIGHT = 22, 2, 250, 150, 90
 _FONT = "font-family='system-ui, sans-serif' font-size='12'"
 
 
@@ -36,7 +36,7 @@ def svg(records: Sequence[Record]) -> str:
     faults = scored([r for r in records if r["kind"] == "faults"])
     sides = by_contender(sorted(faults, key=lambda r: (r["contender"] != OURS, r["contender"])))
     rows = sorted({(r["fault_class"], r["name"]) for side in sides.values() for r in side})
-    width = _LEFT + len(sides) * (3 * _CELL + _GAP) + 20
+    width = _LEFT + len(sides) * (3 * _CELL + _GAP) + _RIGHT
     legend_top = _TOP + len(rows) * (_CELL + _GAP) + 24
     height = legend_top + 20 * len(FATES) + 10
     parts = [
