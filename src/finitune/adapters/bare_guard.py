@@ -144,7 +144,7 @@ class BareGuard:
         self.engine = kind(self.port, judge, Policy(limits.max_aborts_in_a_row), timeline, hooks, limits.guard)
         self.pace = None if team is None else Pace(self.port, self.room.ring)
         self.looks = self.port.looks = Looks(loop, check_accumulation=limits.check_accumulation)
-        self.note(at_start(self.room, self.looks, self.engine.bad_from_start))
+        self.note(at_start(self.room, self.looks, self.engine.check.bad_from_start))
         self.incidents: list[Incident] = []
         """Closed incidents, oldest first."""
         self._halted: Halted | None = None

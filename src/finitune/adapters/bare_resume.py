@@ -39,7 +39,7 @@ def saved_state(guard: BareGuard, history: str) -> dict[str, Tensor]:
         "eps": port.eps,
         "seen": sorted(port.realiser.seen.names),
         "replayable": port.replayable,
-        "bad_from_start": sorted(guard.engine.bad_from_start),
+        "bad_from_start": sorted(guard.engine.check.bad_from_start),
         "incidents": [i.to_json() for i in guard.incidents],
         "generators": pack([GeneratorStates.now(), *past.states]),
         "batches": past.batches,
@@ -62,7 +62,7 @@ def taken_over(guard: BareGuard, state: Mapping[str, Tensor], generators: str) -
     guard.port.take_over(saved)
     if not saved.replayable:
         guard.port.give_up_replay()
-    guard.engine.bad_from_start = saved.bad_from_start
+    guard.engine.check.bad_from_start = saved.bad_from_start
     guard.incidents[:] = saved.incidents
     for snapshot in list(guard.ring.taken):
         guard.ring.forget(snapshot)

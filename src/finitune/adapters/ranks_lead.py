@@ -50,8 +50,8 @@ class RanksGuard(LoopGuard):
         super().__init__(*args)
         self.ranks = self.port.ranks
         self.mirror, self.replicas = Mirror(self.port), Replicas(self.port)
-        bad = self.ranks.gather_json(sorted(self.bad_from_start))
-        self.bad_from_start = frozenset(n for names in bad for n in names)
+        bad = self.ranks.gather_json(sorted(self.check.bad_from_start))
+        self.check.bad_from_start = frozenset(n for names in bad for n in names)
         self._spoilt_by_rank: list[list[str]] = []
         self._suspect: Suspect | None = None
         self._written: list[tuple[str, dict[str, Any]]] = []

@@ -11,25 +11,29 @@ UPDATE_NOT_FINITE = Code(
     Text(
         "the update made the training state non-finite",
         "The loss ({loss}) and the gradients of step {step} were finite, but the update made {count} tensors of "
-        "weights or moments non-finite, first {first}.",
+        "weights or moments non-finite, first {first}. State tensors that were written between the last step and this "
+        "one: {written}.",
         "The optimizer itself made the NaN or inf: its eps vanishes in half precision, a moment was corrupt, or the "
         "update left the range of the weights. Loss and gradient norm would have shown it one step too late. The "
         "update was undone.",
         (
             "with fp16 weights: keep the trainable weights in fp32 (precision: fp16 or bf16, not fp16-pure)",
             "if it must be fp16 weights: an Adam eps of 1e-4 or more",
-            "if the weights are fp32: look at the optimizer, and at the machine's memory",
+            "if something was written between the steps: look at what runs there (callbacks, averages, loading)",
+            "if the weights are fp32 and nothing was written: look at the optimizer, and at the machine's memory",
         ),
     ),
     Text(
         "更新使训练状态变为非有限值",
-        "第 {step} 步的损失（{loss}）和梯度都有限，但更新使 {count} 个权重或矩张量变成非有限值，第一个是 {first}。",
+        "第 {step} 步的损失（{loss}）和梯度都有限，但更新使 {count} 个权重或矩张量变成非有限值，第一个是 {first}。"
+        "上一步与这一步之间被写入的状态张量：{written}。",
         "NaN 或 inf 是优化器自己产生的：eps 在半精度中变为 0、某个矩已损坏，或更新超出了权重的范围。"
         "损失和梯度范数要晚一步才会显示出来。该更新已被撤销。",
         (
             "若权重为 fp16：可训练权重保持 fp32（precision: fp16 或 bf16，而不是 fp16-pure）",
             "若必须使用 fp16 权重：Adam 的 eps 取 1e-4 或更大",
-            "若权重为 fp32：检查优化器，以及机器的内存",
+            "若两步之间有写入：检查在那里运行的代码（回调、滑动平均、加载）",
+            "若权重为 fp32 且没有写入：检查优化器，以及机器的内存",
         ),
     ),
 )

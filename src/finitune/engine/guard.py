@@ -35,12 +35,12 @@ from finitune.engine.port import Capability, ReplayPort
 from finitune.engine.prove import ProofSettings
 from finitune.engine.snapshot import Snapshot, as_snapshot, is_out_of_memory
 from finitune.engine.spoilt import parted_at, places, suspects, way_back
+from finitune.engine.state_check import StateCheck
 from finitune.engine.step import Outcome, transact
 from finitune.engine.timeline import Timeline, Unreachable
 from finitune.engine.treatment import Treatment, halted_by, lost_state
 from finitune.engine.triage import RUNAWAY_CODES, cause_of, triage
 from finitune.numerics.seeds import generators_kept
-from finitune.numerics.statecheck import ABSURD, bad_tensors
 
 _MAX_NAMED = 8
 
@@ -59,7 +59,7 @@ class GuardSettings:
     probation_steps: int = 20
     act_on_forecast: bool = False
     state_check_steps: int = 10
-    """The weights are checked after every update, the moments after every so many."""
+    """The weights are checked after every update, the moments after every so many at the latest."""
     max_relapses: int = 3
     """Incidents of one cause at one place before the run halts."""
 
@@ -106,8 +106,7 @@ class Guard:
         """``timeline`` None: nothing can be undone, so failures are refused but not investigated."""
         self.port, self.judge, self.policy, self.timeline, self.hooks = port, judge, policy, timeline, hooks
         self.settings = settings or GuardSettings()
-        self.bad_from_start = frozenset(bad_tensors(port.state_tensors(), ABSURD))
-        """State tensors that were bad when the guard came: they cannot be held against an update."""
+        self.check = StateCheck(port, self.settings.state_check_steps)
         self.treatment = Treatment(port, timeline, hooks, self.settings.probation_steps) if timeline else None
 
     @property
@@ -118,6 +117,12 @@ class Guard:
 
     def one(self) -> Turn:
         """One transaction, its consequence, its journal lines. A halt is in the Turn; only a lost journal raises."""
+        self.check.begin()
+        turn = self._one()
+        self.check.end(ordinary=turn.incident is None and turn.halt is None)
+        return turn
+
+    def _one(self) -> Turn:
         if self.treatment is not None:
             self.treatment.relax()
         started_s = time.perf_counter()
@@ -162,13 +167,7 @@ class Guard:
     # -- an ordinary step -------------------------------------------------------------------------------------
 
     def _spoilt(self, outcome: Outcome) -> list[str]:
-        """State tensors that the update made non-finite or absurdly large, where they are looked at."""
-        if not outcome.committed:
-            return []
-        # A bad moment shows in the weights at once, or (an infinite second moment) stops them: that can wait.
-        whole = self.port.state.updates % self.settings.state_check_steps == 0
-        bad = bad_tensors(self.port.state_tensors() if whole else self.port.parameters(), ABSURD)
-        return [name for name in bad if name not in self.bad_from_start]
+        return self.check.spoilt(outcome.num_tokens) if outcome.committed else []
 
     def _close(self, turn: Turn) -> None:
         """Journal a transaction and carry out what was decided."""
@@ -199,10 +198,10 @@ class Guard:
         """The update made the state non-finite: it is undone, and investigated."""
         reading = turn.outcome.reading
         # Going back may mend what was corrupt before the update: what the moments held is told now or never.
-        now_bad = bad_tensors(self.port.state_tensors(), ABSURD)
-        moments = [n for n in now_bad if "|" in n and n not in self.bad_from_start]
+        moments = [n for n in self.check.bad_now() if "|" in n and n not in self.check.bad_from_start]
         told = places(self.port.state_tensors(), [*moments, *spoilt])
         numbers: dict[str, Any] = {"count": len(spoilt), "first": spoilt[0], "moments": moments[:_MAX_NAMED]}
+        numbers["written"] = ", ".join(self.check.written[:_MAX_NAMED]) or "-"
         where = str(told[0]["name"]) if told else (moments or spoilt)[0]
         finding = UPDATE_NOT_FINITE.find(where, veto=True, step=reading.step, loss=reading.loss, places=told, **numbers)
         judgement = Judgement(Verdict.ABORT, (*turn.outcome.judgement.findings, finding))

@@ -26,6 +26,7 @@ class Outcome:
     reading: Reading
     judgement: Judgement
     rows: tuple[RowId, ...]
+    num_tokens: int = 0
 
     @property
     def committed(self) -> bool:
@@ -42,7 +43,7 @@ def transact(port: Port, judge: Judge, history: History) -> Outcome:
         port.commit(reading)
     else:
         port.abort()
-    return Outcome(reading, _with_rows(judgement, trace.rows), trace.rows)
+    return Outcome(reading, _with_rows(judgement, trace.rows), trace.rows, trace.num_tokens)
 
 
 def _with_rows(judgement: Judgement, rows: tuple[RowId, ...]) -> Judgement:

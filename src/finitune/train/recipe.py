@@ -165,7 +165,9 @@ class GuardSection(_Section):
     act_on_forecast: bool = Field(default=False, description="Treat a clear forecast of an overflow before it happens.")
     monitor: bool = Field(default=True, description="Watch the largest activation of every decoder layer.")
     state_check_steps: Count = Field(
-        default=50, description="Check moments for non-finite values every so many steps (weights: after every step)."
+        default=50,
+        description="Check moments for non-finite values every so many steps at the latest, and sooner where steps are "
+        "large (weights: after every step).",
     )
     detectors: dict[str, dict[str, Any] | bool] = Field(
         default_factory=dict, description="Settings by detector name; false switches a detector off."
