@@ -10,7 +10,7 @@ from random import Random
 from finitune.core.registry import load, names
 
 BESIDE_REAL = ("plain", "clip_and_skip")
-MODELS = ("llama_19m",)
+MODELS = ("llama_19m_256_tokens", "llama_19m_1024_tokens", "lora_19m_512_tokens")
 """What overhead is measured on (see overhead.py)."""
 
 OURS = "finitune"

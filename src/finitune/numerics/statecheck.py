@@ -33,9 +33,11 @@ def bad_tensors(tensors: Iterable[tuple[str, Tensor]], largest: float = math.inf
 
 def _values(tensor: Tensor) -> Tensor | None:
     """The numbers that can be bad; None where there are none."""
-    if tensor.is_complex():
+    if not tensor.is_floating_point():
+        if not tensor.is_complex():
+            return None
         tensor = torch.view_as_real(tensor.detach().resolve_conj())
-    if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
+    if not tensor.numel() or tensor.is_meta:
         return None
     if tensor.layout is torch.strided:
         return tensor
@@ -57,7 +59,7 @@ def _bad(tensors: Sequence[Tensor], largest: float) -> set[int]:
 
 def _suspicious(tensors: Sequence[Tensor], largest: float) -> list[Tensor]:
     """Those whose L2 norm is not finite in fp32, or so large that an element may be too large."""
-    norms_P = tensor_norms([_comparable(t.detach()) for t in tensors])
+    norms_P = tensor_norms([t.detach().float() if t.element_size() == 1 else t.detach() for t in tensors])
     good_P = torch.isfinite(norms_P) & (norms_P <= largest)
     if bool(good_P.all()):
         return []
@@ -69,7 +71,9 @@ def _unbounded(tensors: Sequence[Tensor], largest: float) -> set[int]:
     """The ids of those whose least or greatest value is not finite or too large; one dtype, one device."""
     if not tensors:
         return set()
-    extremes = [value for t in tensors for value in torch.aminmax(_comparable(t))]
+    # 8-bit floats cannot be compared in torch; as fp32 they can.
+    comparable = [t.float() for t in tensors] if tensors[0].element_size() == 1 else tensors
+    extremes = [value for t in comparable for value in torch.aminmax(t)]
     extremes_2P = torch.stack(extremes)
     good_2P = torch.isfinite(extremes_2P)
     if largest < math.inf:
@@ -78,8 +82,3 @@ def _unbounded(tensors: Sequence[Tensor], largest: float) -> set[int]:
         return set()
     good_P = good_2P.view(-1, 2).all(dim=1)
     return {id(t) for t, good in zip(tensors, good_P.tolist(), strict=True) if not good}
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    """8-bit floats cannot be compared in torch; as fp32 they can."""
-    return tensor.float() if tensor.element_size() == 1 else tensor
