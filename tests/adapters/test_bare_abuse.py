@@ -147,11 +147,13 @@ def test_a_scheduler_that_needs_a_metric_is_refused() -> None:
         finitune.guard(model, optimizer, mse, plateau)
 
 
-def test_half_weights_with_a_scaler_are_refused() -> None:
+def test_half_weights_with_a_scaler_are_refused_where_nothing_may_be_changed() -> None:
     model = net().half()
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises((UserError, UserErrors), match="fp16"):
-        finitune.guard(model, torch.optim.SGD(model.parameters(), lr=0.1), mse, scaler=scaler)
+    with pytest.raises((UserError, UserErrors), match="fp16") as refused:
+        finitune.guard(model, torch.optim.SGD(model.parameters(), lr=0.1), mse, scaler=scaler, policy="observe")
+    assert refused.value.data["parameters"] == [n for n, _ in model.named_parameters()]
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
 
 
 def in_place(model: Any, batch: Batch) -> Tensor:

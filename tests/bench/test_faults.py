@@ -97,6 +97,7 @@ TABLE = {
     "real_nan_moment": "T",
     "recipe_nan_weight": "T",
     "recipe_edited_checkpoint": "U",
+    "hidden_nan": "V",
     "saturated_attention": "W",
     "zero_row_norm": "W",
     "for_ever": "X",

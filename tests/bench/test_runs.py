@@ -25,6 +25,7 @@ KNOWN = {
     "pretrained_sft",
     "pretrained_sgd",
     "recipe_sft",
+    "roll_outs",
     "smollm2_lora",
     "vl_stub",
 }

@@ -15,7 +15,7 @@ NAMES = registry.names("remedies")
 SECTIONS = ("What it does:", "What it costs:", "When it is taken back:", "Source:")
 TABLE = {
     **dict.fromkeys(("let_pass", "fp32_modules", "bf16", "fp32", "scaler_reset", "repair_tensor"), Safety.SAFE),
-    **dict.fromkeys(("adam_eps", "math_attention", "halt", "retry"), Safety.SAFE),
+    **dict.fromkeys(("adam_eps", "fp32_weights", "math_attention", "safe_softmax", "halt", "retry"), Safety.SAFE),
     **dict.fromkeys(("skip_rows", "drop_batch", "clip", "adaptive_clip", "lower_lr", "reset_moments"), Safety.LOSSY),
     "roll_back": Safety.LOSSY,
 }

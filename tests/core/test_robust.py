@@ -231,3 +231,80 @@ def test_a_history_survives_json_bit_for_bit(events: list[tuple[float, float, fl
             history.overflowed()
     other.load(json.loads(json.dumps(history.state(), allow_nan=False)))
     assert repr(other.state()) == repr(history.state())
+
+
+LOGS = st.lists(st.floats(-750.0, 750.0) | st.sampled_from([0.0, -0.0, 5e-324, -5e-324]), min_size=2, max_size=160)
+CHANCES = st.floats(1e-9, 0.5)
+
+
+@given(LOGS, CHANCES, st.floats(1e-3, 2.0), st.booleans())
+def test_the_limit_of_a_tail_is_a_number_beyond_the_record(
+    values: list[float], chance: float, prior: float, newest: bool
+) -> None:
+    window = Window(128, peaks=True)
+    for value in values:
+        window.add(value)
+    if newest and len(window) < 12:
+        return
+    capped = window.tail_limit(chance, prior, without_newest=newest)
+    own = window.tail_limit(chance, prior, without_newest=newest, own_tail=True)
+    assert math.isfinite(capped)
+    assert math.isfinite(own)
+    assert own >= capped
+    assert newest or capped >= max(window)
+
+
+@given(LOGS, st.booleans())
+def test_what_is_less_likely_is_further_out(values: list[float], own: bool) -> None:
+    window = Window(128, peaks=True)
+    for value in values:
+        window.add(value)
+    limits = [window.tail_limit(chance, 0.2, own_tail=own) for chance in (1e-3, 1e-5, 1e-7)]
+    assert limits == sorted(limits)
+
+
+def test_a_tail_without_a_variance_is_believed_in_where_it_was_shown() -> None:
+    """A power law of exponent 1/2: the capped limit knows its record, the other one its tail."""
+    chance, window = random.Random(2), Window(128, peaks=True)
+    for _ in range(400):
+        window.add(math.log(chance.paretovariate(0.5)))
+    capped, own = (window.tail_limit(1e-6, 0.2, own_tail=own) for own in (False, True))
+    assert own > capped + 3.0
+
+
+def test_a_light_tail_is_the_same_either_way() -> None:
+    noise, window = random.Random(2), Window(128, peaks=True)
+    for _ in range(400):
+        window.add(noise.gauss(0.0, 0.3))
+    assert window.tail_limit(1e-6, 0.2, own_tail=True) == window.tail_limit(1e-6, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "signed"),
+    [
+        ((), False),
+        ((1.0, 2.0), False),
+        ((1.0, -1.0), True),
+        ((-5e-324, 5e-324), True),
+        ((0.0, -0.0, 1.0), False),
+        ((0.0,) * 50 + (0.1, -0.1), True),
+        ((1.0,) * 18 + (-1.0, -1.0), False),
+        ((1.0,) * 17 + (-1.0, -1.0), True),
+        ((math.nan, math.inf, -math.inf, 1.0), False),
+    ],
+)
+def test_losses_of_either_sign_are_known_by_a_tenth_below_zero(losses: tuple[float, ...], signed: bool) -> None:
+    history = committed(*losses)
+    assert history.is_signed == signed
+    other = History(8)
+    other.load(json.loads(json.dumps(history.state())))
+    assert other.is_signed == signed
+
+
+def test_an_older_record_of_a_policy_gradient_is_still_one() -> None:
+    """It did not tell losses of 0 from those below."""
+    state = committed(0.1, -0.1, 0.2, -0.3).state()
+    del state["num_negative"]
+    history = History(8)
+    history.load(state)
+    assert history.is_signed

@@ -113,6 +113,38 @@ def test_generation_blocks_are_taken_at_their_word(tokenizer_for: Callable[..., 
     assert shown(tokenizer, encode(tokenizer, ONE)) == line.split()
 
 
+ELSEWHERE = {
+    "around the question": "{{ content if m.role == 'assistant' else '' }}{% if m.role == 'user' %}"
+    "{% generation %}{{ content }}{% endgeneration %}{% endif %}",
+    "around nothing": "{{ content }}{% if m.role == 'assistant' %}{% generation %}{% endgeneration %}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("where", sorted(ELSEWHERE))
+@pytest.mark.parametrize("turns", [ONE, TWO, (Message("user", "yes or no"), Message("assistant", "yes"))])
+def test_a_generation_block_that_does_not_hold_the_answer_makes_no_mask(
+    where: str, turns: tuple[Message, ...], tokenizer_for: Callable[..., Any]
+) -> None:
+    tokenizer = tokenizer_for("zephyr_generation")
+    body = ELSEWHERE[where].replace("content", "m.content")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n" + body + "{{ eos_token }}\n{% endfor %}"
+    outcome = encode(tokenizer, turns)
+    assert outcome.rows == ()
+    assert [f.code for f in outcome.findings] == [MASK_UNCERTAIN.code]
+
+
+def test_a_generation_block_may_write_the_answer_in_its_own_way(tokenizer_for: Callable[..., Any]) -> None:
+    tokenizer = tokenizer_for("zephyr_generation")
+    written = "{{ m.content | replace('Hi', 'Hello') + eos_token }}"
+    body = (
+        "{% if m.role == 'user' %}{{ m.content }}{% else %}{% generation %}"
+        + written
+        + "{% endgeneration %}{% endif %}"
+    )
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>\n" + body + "\n{% endfor %}"
+    assert encode(tokenizer, ONE).rows
+
+
 def test_generation_blocks_and_the_general_method_agree(tokenizer_for: Callable[..., Any]) -> None:
     tagged, untagged = tokenizer_for("zephyr_generation"), tokenizer_for("zephyr_generation")
     untagged.chat_template = re.sub(r"{% (end)?generation %}", "", untagged.chat_template)

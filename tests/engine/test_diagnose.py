@@ -26,7 +26,7 @@ from finitune.engine.weight import Reasons, Weight
 EXPERIMENTS = (
     *("scan_state", "supervised_tokens", "fp32", "bf16", "loss_scales", "known_good_batch", "rows", "older_weights"),
     *("math_attention", "padding", "islands", "fresh_moments", "adam_eps", "lower_lr", "tighter_clip", "let_pass"),
-    *("update_share", "reference_optimizer"),
+    *("update_share", "reference_optimizer", "borne_rate"),
 )
 NUMBERS = (
     *("rows", "modules", "good_at", "bad_at", "losses_half", "losses_tenth", "losses", "start_step", "median_loss"),
@@ -144,7 +144,7 @@ def test_never_raises_and_every_cause_is_sound(of: Case) -> None:
 @settings(deadline=None, max_examples=200)
 @given(cases)
 def test_the_rate_is_never_blamed_without_its_experiment(of: Case) -> None:
-    if not of.good("lower_lr"):
+    if not (of.good("lower_lr") or of.good("borne_rate")):
         assert "learning_rate" not in [c.name for c in diagnose(of).causes]
 
 

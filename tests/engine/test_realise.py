@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -20,6 +21,7 @@ from finitune.numerics.half import checkpoint_contexts, emulated_half
 
 DOWN = "model.layers.0.mlp.down_proj"
 FP32, BF16, MATH = Conditions(precision="fp32"), Conditions(precision="bf16"), Conditions(attention="math")
+SDPA = Conditions(attention="sdpa")
 IDS = torch.arange(2, 14).reshape(2, 6)
 LABELS = IDS.clone()
 
@@ -440,6 +442,33 @@ def test_torchs_own_attention_takes_the_math_kernel() -> None:
     assert enabled == [False, True]
 
 
+def test_a_softmax_over_nothing_is_0_under_torchs_attention_and_everything_else_as_before() -> None:
+    model = llama()
+    model.config._attn_implementation = "eager"
+    before = everything(model)
+    sound = torch.zeros(2, 1, 6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), -math.inf)
+    blind = sound.clone()
+    blind[0, 0, :2] = -math.inf
+    realiser = Realiser(model, None)
+    plain = [step(model, attention_mask=sound), *gradients(model)]
+    assert not step(model, attention_mask=blind).isfinite()
+    gradients(model)
+    realiser.adopt(SDPA)
+    with realiser.forward():
+        same = [step(model, attention_mask=sound), *gradients(model)]
+    with realiser.forward():
+        safe = [step(model, attention_mask=blind), *gradients(model)]
+    assert all(t.isfinite().all() for t in safe)
+    for a, b in zip(plain, same, strict=True):
+        torch.testing.assert_close(a, b)
+    assert everything(model) == before
+
+
+def test_a_model_that_does_not_choose_its_attention_by_a_name_is_refused() -> None:
+    with pytest.raises(NotPossible, match="not chosen by its configuration"):
+        Realiser(nn.Linear(2, 2), None).adopt(SDPA)
+
+
 @pytest.mark.parametrize("kind", ["none", "2-D", "4-D boolean"])
 def test_masks_mean_the_same_under_math_attention(kind: str) -> None:
     """A 4-D boolean mask, added to the scores as it is, would be no mask at all."""
@@ -523,6 +552,15 @@ def test_the_rate_is_multiplied_and_warmed_up_again() -> None:
     assert rates == [4.0, 1.0, 2.0, 3.0, 4.0, 4.0]
     assert learning_rate(8.0, 0, AS_CONFIGURED) == 8.0
     assert learning_rate(8.0, 0, replace(conditions, warmup_steps=0)) == 4.0
+
+
+def test_a_rate_above_the_limit_is_the_limit_and_other_groups_keep_their_share_of_the_first() -> None:
+    limited = Conditions(max_lr=1e-3)
+    rates = [learning_rate(rate, 0, limited) for rate in (0.1, 1e-3, 3e-4, math.inf, math.nan)]
+    assert rates == [1e-3, 1e-3, 3e-4, 1e-3, 1e-3], "below it the schedule holds; a schedule that divides by 0 too"
+    assert learning_rate(0.2, 0, limited, 0.1) == pytest.approx(2e-3)
+    assert learning_rate(0.2, 0, limited, 1e-3) == 0.2, "the first group is not above it"
+    assert learning_rate(0.1, 0, replace(limited, lr_factor=0.5)) == 5e-4, "a share is one of what is left"
 
 
 @pytest.mark.parametrize(

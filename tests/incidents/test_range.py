@@ -102,13 +102,12 @@ def test_gradients_beyond_the_floor_of_the_scale_are_named_in_a_bare_loop(bits: 
     found = incidents[0]
     assert (found.trigger.value, found.diagnosis.code) == ("scale", "NUM401"), summary(found)
     [scales] = [e for e in found.evidence if e.experiment == "loss_scales"]
-    assert scales.numbers["good_at"] == [2.0**-12], summary(found)
-    # The lower floor comes first; a loop that skips at every overflow cannot prove it, and another precision cures.
-    assert found.trials[0].plan["remedy"] == "scaler_reset", summary(found)
-    assert found.trials[0].plan["conditions"]["min_scale"] == 2.0**-12
-    assert found.remedy in ("scaler_reset", *RANGE), summary(found)
-    assert outcomes[-1].committed
-    assert scaler.get_scale() >= 2.0**-12
+    assert 2.0**-16 <= scales.numbers["good_at"][-1] < 2.0**-4, summary(found)
+    # All gradients are of this size: a scale that suits them, and a floor below it, is all that is needed.
+    assert (found.remedy, found.step, found.steps_lost) == ("scaler_reset", 2, 1), summary(found)
+    assert all(o.committed for o in outcomes[1:])
+    assert scaler.get_scale() == scales.numbers["scale"]
+    assert {float(s["step"]) for s in optimizer.state.values()} == {14.0}
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 

@@ -121,7 +121,8 @@ def test_sharded_checkpoints_load(folder):
 
 
 def test_unexpected_tensors_are_a_warning_but_computed_buffers_are_not(folder):
-    extra = {"model.draft.weight": torch.zeros(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    computed = load(str(folder)).model.model.rotary_emb.inv_freq
+    extra = {"model.draft.weight": torch.zeros(3), "model.layers.0.self_attn.rotary_emb.inv_freq": computed.clone()}
     edit_weights(folder, lambda s: s.update(extra))
     report = load(str(folder)).report
     assert report.unexpected == ("model.draft.weight",)

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import finitune
+from finitune.bench.workload import are_among, edit_inputs
 from finitune.core.errors import Halted
 from finitune.core.incident import Incident
 from finitune.engine.policy import Action
@@ -63,22 +64,11 @@ class Rig:
 
     def has(self, ids_BT: Tensor, *rows: Tensor) -> Tensor:
         """Which rows of a batch are one of these, (B,) bool; padding counts for nothing."""
-        found_B = torch.zeros(ids_BT.shape[0], dtype=torch.bool)
-        for row in rows:
-            if row.numel() <= ids_BT.shape[1]:
-                same_B = (ids_BT[:, : row.numel()] == row).all(1)
-                found_B |= same_B & (ids_BT[:, row.numel() :] == self.pad_id).all(1)
-        return found_B
+        return are_among(ids_BT, rows, self.pad_id)
 
     def decoder_inputs(self, change: Callable[[dict[str, Any]], None]) -> None:
         """``change(kwargs)`` edits what the decoder is called with, ``input_ids`` among it."""
-
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            named = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
-            change(named)
-            return (), named
-
-        self.model.model.register_forward_pre_hook(hook, with_kwargs=True)
+        edit_inputs(self.model.model, change)
 
 
 @dataclass

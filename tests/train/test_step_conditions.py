@@ -160,6 +160,15 @@ def test_a_fixed_loss_scale_and_a_floor(half: TrainPort) -> None:
     half.adopt(Conditions(min_scale=64.0))
     step(half)
     assert scaler.scale == 64.0
+    scaler.scale = 2.0**60
+    half.adopt(Conditions(max_scale=256.0))
+    assert look(half).loss_scale == 256.0
+    half.adopt(AS_CONFIGURED)
+    assert look(half).loss_scale == 2.0**60
+    half.adopt(Conditions(max_scale=256.0))
+    step(half)
+    half.adopt(AS_CONFIGURED)
+    assert look(half).loss_scale == 256.0
 
 
 @pytest.mark.parametrize("name", ["zclip", "autoclip", "adagc"])

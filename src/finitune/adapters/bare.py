@@ -41,6 +41,8 @@ from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import WHOLE, Ask, Capability, Trace
 from finitune.engine.realise import clip_norm, learning_rate
+from finitune.engine.scaler import MOST_AT_START, is_search, skipped_before
+from finitune.engine.skips import Skips
 from finitune.engine.snapshot import is_out_of_memory
 from finitune.numerics.norms import tensor_norms
 from finitune.numerics.probe import movement, sample
@@ -49,8 +51,6 @@ from finitune.numerics.seeds import GeneratorStates
 # Outside of fp16 no activation is near a limit: a look now and then is enough.
 _LOOK_EVERY_STEPS = 8
 _PROBE_EVERY_STEPS = 10
-MOST_IN_A_ROW = 17
-"""From the usual 2**16 so many halvings lead to 1/2: an overflow after that is not the start of a run any more."""
 
 
 class BarePort(BareTraining):
@@ -64,6 +64,7 @@ class BarePort(BareTraining):
         self.looks: Looks | None = None
         """Looks at the first computation, where somebody wants that."""
         self._effects: SideEffects | None = SideEffects(loop.model)
+        self.skips = Skips(self)
 
     def capabilities(self) -> frozenset[Capability]:
         """All; without replay and rollback once the loss function was seen changing the model."""
@@ -91,8 +92,13 @@ class BarePort(BareTraining):
 
         So a run with a scaler begins, and goes on now and then; not one that overflows again and again.
         """
-        in_a_row = self.state.history.overflows_in_a_row + 1
-        return is_scale_overflow(reading) and self.scaling.left(self.conditions) and in_a_row < MOST_IN_A_ROW
+        scale = reading.loss_scale
+        return scale is not None and self.answers_overflow(reading) and is_search(scale, self.state.history)
+
+    def answers_overflow(self, reading: Reading) -> bool:
+        """It is an overflow, the scaler has a smaller scale left, and has not come down for very long."""
+        left = is_scale_overflow(reading) and self.scaling.left(self.conditions)
+        return left and self.state.history.overflows_in_a_row + 1 < MOST_AT_START
 
     @property
     def max_grad_norm(self) -> float | None:
@@ -125,6 +131,8 @@ class BarePort(BareTraining):
         if not numbered:
             return self._empty(held, left_out)
         first, before = not held.states, GeneratorStates.now()
+        if first:
+            held.states.append(before)
         try:
             return self._traced(held, numbered, first=first)
         except BaseException as error:
@@ -209,7 +217,8 @@ class BarePort(BareTraining):
         total = None
         for place, (micro, batch) in enumerate(numbered):
             if first:
-                held.states.append(GeneratorStates.now())
+                if place:
+                    held.states.append(GeneratorStates.now())
             elif place == 0 or micro < len(held.states):
                 held.states[min(micro, len(held.states) - 1)].restore()
             with self.realiser.forward():
@@ -292,10 +301,10 @@ class BarePort(BareTraining):
 
     def _give_up(self, reading: Reading) -> None:
         """The batch is used up without an update. An overflow does to scaler and scheduler what it does in a loop."""
-        benign = self.benign_overflow(reading)
+        answered = self.answers_overflow(reading)
         if is_scale_overflow(reading) and self.scaling.left(self.conditions):
             self.scaling.overflowed(self.conditions)
-        if benign:
+        if answered:
             self.state.history.overflowed()
         else:
             self.state.history.aborted()
@@ -322,7 +331,7 @@ class BarePort(BareTraining):
             found |= {"num_units": sum(map(bare_batch.num_rows, micros))}
         except NotPossible:
             found |= {"width_tokens": 0, "num_units": 0}
-        return found | rate
+        return found | rate | skipped_before(self.state.history)
 
     def close(self) -> None:
         """Take all conditions back and remove every hook."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from finitune.adapters.bare_asked import Loop
+from finitune.adapters.bare_half import half_under_scaler, refusal
 from finitune.adapters.codes import BAD_ARGUMENT, CLOSURE_OPTIMIZER
 from finitune.core.errors import UserError, raise_all
 from finitune.engine.capsule import ROWS
@@ -32,7 +33,7 @@ def check(
         [
             *_arguments(loop, policy),
             *_optimizer(loop),
-            *_scaler(loop),
+            *_scaler(loop, policy),
             *_watch(loop, watch),
             *_limits(limits, memory_share),
             *_capsule(*capsule),
@@ -112,20 +113,14 @@ def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _scaler(loop: Loop) -> Iterator[UserError]:
+def _scaler(loop: Loop, policy: str) -> Iterator[UserError]:
     scaler = loop.scaler
-    if scaler is None:
-        return
-    if not isinstance(scaler, torch.amp.GradScaler):
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         problem = f"a {type(scaler).__name__} is no torch.amp.GradScaler"
         yield _bad("scaler", problem, "use torch.amp.GradScaler, or scaler=None")
-        return
-    if not scaler.is_enabled() or not isinstance(loop.model, nn.Module):
-        return
-    half = [n for n, p in loop.model.named_parameters() if p.requires_grad and p.dtype == torch.float16]
-    if half:
-        problem = f"GradScaler cannot unscale fp16 gradients, and {len(half)} trainable weights are fp16 ({half[0]})"
-        yield _bad("scaler", problem, "keep trainable weights in fp32 and compute under torch.autocast")
+    half = half_under_scaler(loop)
+    if half and policy == "observe":  # else they are raised to fp32
+        yield refusal([name for name, _ in half])
 
 
 def _watch(loop: Loop, watch: Sequence[str] | None) -> Iterator[UserError]:

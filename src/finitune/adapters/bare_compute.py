@@ -97,13 +97,14 @@ def clip_adaptively(
 @contextmanager
 def rates_under(optimizer: torch.optim.Optimizer, updates: int, conditions: Conditions) -> Iterator[None]:
     """Inside, every group has the rate that the conditions ask for; afterwards the schedule's own, bit for bit."""
-    if conditions is AS_CONFIGURED or (conditions.lr_factor == 1.0 and conditions.warmup_from_update is None):
+    as_set = conditions.lr_factor == 1.0 and conditions.max_lr is None and conditions.warmup_from_update is None
+    if conditions is AS_CONFIGURED or as_set:
         yield
         return
     groups = optimizer.param_groups
     was = [g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in groups]
     for group, rate in zip(groups, was, strict=True):
-        set_rate(group, learning_rate(float(rate), updates, conditions))
+        set_rate(group, learning_rate(float(rate), updates, conditions, float(was[0])))
     try:
         yield
     finally:

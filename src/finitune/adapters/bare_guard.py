@@ -26,14 +26,16 @@ from finitune.adapters.bare_asked import Loop, LossFn
 from finitune.adapters.bare_batch import SplitRows
 from finitune.adapters.bare_beyond import ids_beyond
 from finitune.adapters.bare_checks import check
+from finitune.adapters.bare_cut import CutLooks
+from finitune.adapters.bare_half import RaisedWeights
 from finitune.adapters.bare_held import HeldBatches, RowNames, micros_of
 from finitune.adapters.bare_keep import Keep
-from finitune.adapters.bare_look import Looks
 from finitune.adapters.bare_loop import LoopGuard
 from finitune.adapters.bare_memory import Room
 from finitune.adapters.bare_monitor import monitor_of
 from finitune.adapters.bare_outcome import BareSettings, StepOutcome, at_start, exact_loss, known_of
 from finitune.adapters.bare_resume import Arrival, saved_state, taken_over
+from finitune.adapters.bare_rows import named
 from finitune.adapters.codes import CLOSED, NOT_LOOKED
 from finitune.adapters.ranks import inner_of
 from finitune.adapters.ranks_lead import RanksGuard
@@ -83,7 +85,7 @@ def guard(  # noqa: PLR0913 (the names are the interface)
         optimizer: any torch optimizer whose step() takes no closure.
         loss_fn: ``loss_fn(model, batch)``: a scalar tensor, or an object with ``.loss``; autocast goes inside.
         scheduler: stepped after every batch. None: rates that the loop sets between steps are respected.
-        scaler: ``torch.amp.GradScaler``.
+        scaler: ``torch.amp.GradScaler``; trainable fp16 weights, which it refuses, are raised to fp32 (OPT114).
         run_dir: folder for journal, incidents and capsules; None: nothing is written.
         policy: "auto", "safe" (only what loses nothing) or "observe" (find and say, change nothing).
         max_grad_norm: clips as ``clip_grad_norm_`` does; None or 0: no clipping.
@@ -130,6 +132,7 @@ class BareGuard:
     ) -> None:
         """See :func:`guard`, which checks what is handed over. ``team``: of several ranks."""
         limits = self.settings = settings or BareSettings()
+        self.raised = RaisedWeights.of(loop, alone=team is None)
         monitor = monitor_of(loop.model, watch)
         self.port = BarePort(loop, held, monitor) if team is None else team.port(loop, held, monitor)
         self.keep = Keep(self.port, None if run_dir is None else Path(run_dir), limits.capsule)
@@ -137,13 +140,18 @@ class BareGuard:
         self.findings: list[Finding] = []
         """Everything that was found so far outside of the detectors, oldest first; also where the run then halted."""
         self._untold: list[Finding] = []
-        timeline = Timeline(self.port, self.keep.records, self.room.ring, journal=self.keep.place)
-        hooks = Hooks(record=self.keep.record, told=self._told, keep=self.keep.capsule)
+        bases = self.port.skips.bases
+        timeline = Timeline(self.port, self.keep.records, self.room.ring, bases, journal=self.keep.place)
+        hooks = Hooks(record=self.keep.record, told=self.tell, keep=self.keep.capsule)
         judge = Judge.of({**known_of(loop.model), **limits.detectors})
         kind = LoopGuard if team is None else RanksGuard
         self.engine = kind(self.port, judge, Policy(limits.max_aborts_in_a_row), timeline, hooks, limits.guard)
         self.pace = None if team is None else Pace(self.port, self.room.ring)
-        self.looks = self.port.looks = Looks(loop, check_accumulation=limits.check_accumulation)
+        if team is not None:
+            self.engine.beside.close()
+            self.engine.silent.looks_back = False  # all ranks would have to, or none
+        self.looks = self.port.looks = CutLooks(loop, check_accumulation=limits.check_accumulation)
+        self.note([] if self.raised is None else [self.raised.finding])
         self.note(at_start(self.room, self.looks, self.engine.check.bad_from_start))
         self.incidents: list[Incident] = []
         """Closed incidents, oldest first."""
@@ -167,8 +175,9 @@ class BareGuard:
         if self._arrival is not None:
             self.note(self._arrival.finish(self, batch))
             self._arrival = None
-        self.note(self.looks.batch(micros_of(batch), self.port.parameters()))
+        found = self.looks.batch(micros_of(batch), self.port.parameters())
         self.port.push(batch)
+        self.note(named(found, self.port.held))
         newest, turns = self.port.newest_step, list[Turn]()
         loss: torch.Tensor | None = None
         try:
@@ -207,16 +216,22 @@ class BareGuard:
             self._halted = halt
             raise
         except BaseException as error:
-            micros = self.port.held.at(newest).micros if newest in self.port.held else ()
+            batch = self.port.held.at(newest) if newest in self.port.held else None
             if self.port.state.step == newest - 1:
                 self.port.withdraw()
-            if (told := ids_beyond(error, micros, self.port.model)) is not None:
+            if self.raised is not None and (refused := self.raised.refused(error)) is not None:
+                self.close()
+                raise refused from error
+            if (told := ids_beyond(error, batch, self.port.held, self.port.model)) is not None:
                 raise told from error
             if isinstance(error, NotPossible) and error.__cause__ is not None:
                 raise error.__cause__ from None
             raise
         self._time_s += turn.time_s if turn.time_s > 0 else time.perf_counter() - started_s
         self._num_turns += 1
+        if self.raised is not None and turn.outcome.committed:
+            turn.incident = turn.incident or self.raised.told(self, turn)
+            self.raised = None
         return turn
 
     def _snapshot(self) -> None:
@@ -276,7 +291,8 @@ class BareGuard:
             reading=last.outcome.reading,
         )
 
-    def _told(self, incident: Incident) -> None:
+    def tell(self, incident: Incident) -> None:
+        """A closed incident is kept and logged."""
         self.incidents.append(incident)
         self.keep.tell(incident)
         top = incident.diagnosis.top

@@ -7,6 +7,7 @@ nothing of it moves before a step was judged.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -34,16 +35,22 @@ class Scaling:
         """The loss scale in force; None where there is none."""
         if not self.is_live(conditions):
             return conditions.loss_scale
-        return max(self._own(), self.floor(conditions))
+        return max(min(self._own(), self.ceiling(conditions)), self.floor(conditions))
 
     @staticmethod
     def floor(conditions: Conditions) -> float:
         """The least scale."""
         return MIN_SCALE if conditions.min_scale is None else conditions.min_scale
 
+    @staticmethod
+    def ceiling(conditions: Conditions) -> float:
+        """The largest scale."""
+        return math.inf if conditions.max_scale is None else conditions.max_scale
+
     def left(self, conditions: Conditions) -> bool:
         """Whether a smaller scale is left to try."""
-        return self.is_live(conditions) and self._own() > self.floor(conditions)
+        scale = self.scale(conditions) if self.is_live(conditions) else None
+        return scale is not None and scale > self.floor(conditions)
 
     def scaled(self, loss: Tensor, conditions: Conditions) -> Tensor:
         """The loss as backward takes it."""
@@ -61,6 +68,7 @@ class Scaling:
         if self.scaler is not None and self.is_live(conditions):
             if scale is not None and scale != self._own():
                 self._set(scale, self._tracker())
+                self.scaler.scale(_zero_like_a_gradient(optimizer))  # a scaler that was never used has no scale yet
             self.scaler.unscale_(optimizer)
         elif scale is not None:
             for group in optimizer.param_groups:
@@ -81,7 +89,7 @@ class Scaling:
         """What ``scaler.step`` and ``update`` do at an overflow, but for the floor."""
         if self.scaler is None:
             return
-        smaller = _fp32(self._own() * self.scaler.get_backoff_factor())
+        smaller = _fp32(min(self._own(), self.ceiling(conditions)) * self.scaler.get_backoff_factor())
         self._set(max(smaller, self.floor(conditions)), 0)
 
     def record(self) -> dict[str, Any] | None:
@@ -112,6 +120,12 @@ class Scaling:
         assert self.scaler is not None
         self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": tracker})
         self._known = scale
+
+
+def _zero_like_a_gradient(optimizer: torch.optim.Optimizer) -> Tensor:
+    """A zero, (), where the gradients are."""
+    found = next((p for g in optimizer.param_groups for p in g["params"] if p.grad is not None), None)
+    return torch.zeros(()) if found is None else torch.zeros((), device=found.device)
 
 
 def _fp32(value: float) -> float:

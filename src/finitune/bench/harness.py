@@ -77,19 +77,32 @@ def _fault(case: Case) -> dict[str, Any]:
 
 
 def _control(case: Case) -> dict[str, Any]:
+    """A healthy run under the guard beside the same one without; what it begins with may be files and settings.
+
+    Raises RuntimeError where the witness did not see the whole run: silence would prove nothing.
+    """
     member = load("controls", case.name)
-    workload = fresh(case)
-    says = member.plant(workload, case.random())
-    witness = driven(case, workload)
-    other = fresh(case)
-    member.plant(other, case.random())
-    plain = Witness(other)
+    guarded = fresh(case)
+    says = member.plant(guarded, case.random())
+    witness = driven(case, guarded)
+    plain = fresh(case)
+    member.plant(plain, case.random())
+    torch.manual_seed(case.seed)
     with quiet():
-        Script(other, plain).run()
-    same = all(
-        torch.equal(a, b) for (_, a), (_, b) in zip(workload.state_tensors(), other.state_tensors(), strict=True)
-    )
-    return control_marks(says, witness, steps=len(workload.batches), same_bits=same, plain_s=plain.time_s)
+        plain_s = run_plain(plain)
+    steps = guarded.steps if isinstance(guarded, RecipeLoad) else len(guarded.batches)
+    seen = {*witness.losses, *witness.refused}
+    if not witness.error and len(seen) < steps:
+        raise RuntimeError(f"{case.key}: {len(seen)} of {steps} steps were seen")
+    return control_marks(says, witness, steps=steps, same_bits=same_bits(guarded, plain), plain_s=plain_s)
+
+
+def same_bits(one: Load, other: Load) -> bool:
+    """Whether weights, buffers and moments of two runs have the same names and bits; there must be some."""
+    these, those = list(one.state_tensors()), list(other.state_tensors())
+    if not these or [name for name, _ in these] != [name for name, _ in those]:
+        return False
+    return all(torch.equal(a, b) for (_, a), (_, b) in zip(these, those, strict=True))
 
 
 def fresh(case: Case, precision: str | None = None) -> Load:
@@ -137,12 +150,13 @@ def _clean_loss(kind: str, name: str, seed: int) -> float:
     return final_loss(workload)
 
 
-def run_plain(workload: Load) -> None:
-    """Train without a guard: the plain loop, or the trainer with its guard off."""
+def run_plain(workload: Load) -> float:
+    """Train without a guard: the plain loop, or the trainer with its guard off. Seconds that its steps took."""
     if isinstance(workload, RecipeLoad):
-        workload.run_plain()
-    else:
-        Script(workload, Witness(workload)).run()
+        return workload.run_plain()
+    witness = Witness(workload)
+    Script(workload, witness).run()
+    return witness.time_s
 
 
 def final_loss(workload: Load) -> float:

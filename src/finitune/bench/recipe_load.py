@@ -128,10 +128,11 @@ class RecipeLoad:
             "sample.prompts": "[]",
         }
 
-    def run_plain(self) -> None:
-        """Train to the end with the guard off and without a stop. Raises what the trainer raises."""
-        opened = self.open((_Acts(self),), guarded=False)
-        opened.run()
+    def run_plain(self) -> float:
+        """Train to the end, unguarded and without a stop; seconds of its steps. Raises what the trainer raises."""
+        acts = _Acts(self)
+        self.open((acts,), guarded=False).run()
+        return acts.time_s
 
     def acted(self, step: int) -> None:
         """Let the fault act after a step, once."""
@@ -157,9 +158,11 @@ class _Acts:
     """Lets the fault act between the steps of a run that nobody watches."""
 
     load: RecipeLoad
+    time_s: float = 0.0
 
     def on_step(self, event: Any) -> None:
         """After every transaction."""
+        self.time_s += event.time_s
         self.load.step = event.reading.step
         self.load.acted(event.reading.step)
 

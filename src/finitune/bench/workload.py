@@ -108,22 +108,11 @@ class Workload:
 
     def has(self, ids_BT: Tensor, *rows: Tensor) -> Tensor:
         """Which rows of a batch are one of these, (B,) bool; padding counts for nothing."""
-        found_B = torch.zeros(ids_BT.shape[0], dtype=torch.bool)
-        for row in rows:
-            if row.numel() <= ids_BT.shape[1]:
-                same_B = (ids_BT[:, : row.numel()] == row).all(1)
-                found_B |= same_B & (ids_BT[:, row.numel() :] == self.pad_id).all(1)
-        return found_B
+        return are_among(ids_BT, rows, self.pad_id)
 
     def decoder_inputs(self, change: Callable[[dict[str, Any]], None]) -> None:
         """``change(kwargs)`` edits what the decoder is called with, ``input_ids`` among it."""
-
-        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            named = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
-            change(named)
-            return (), named
-
-        self.model.get_submodule(self.decoder).register_forward_pre_hook(hook, with_kwargs=True)
+        edit_inputs(self.model.get_submodule(self.decoder), change)
 
     def spoil(self) -> None:
         """Note which tensors are non-finite now: the fault's own work before the first step."""
@@ -204,6 +193,27 @@ class Expected:
     "": not curable, the loss is not scored."""
     data: dict[str, Any] = field(default_factory=dict)
     """What was drawn."""
+
+
+def are_among(ids_BT: Tensor, rows: Sequence[Tensor], pad_id: int) -> Tensor:
+    """Which rows of a batch are one of these (token ids without padding), (B,) bool; padding counts for nothing."""
+    found_B = torch.zeros(ids_BT.shape[0], dtype=torch.bool)
+    for row in rows:
+        if row.numel() <= ids_BT.shape[1]:
+            same_B = (ids_BT[:, : row.numel()] == row).all(1)
+            found_B |= same_B & (ids_BT[:, row.numel() :] == pad_id).all(1)
+    return found_B
+
+
+def edit_inputs(decoder: nn.Module, change: Callable[[dict[str, Any]], None]) -> None:
+    """From now on ``change(kwargs)`` edits what a decoder is called with, ``input_ids`` among it."""
+
+    def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        named = dict(zip(("input_ids", "attention_mask", "position_ids"), args, strict=False)) | kwargs
+        change(named)
+        return (), named
+
+    decoder.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def sequence(items: Any) -> Sequence[Any]:

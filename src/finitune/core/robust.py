@@ -33,6 +33,8 @@ _SETTLED = 20
 _CLIMB, _CLIMB_FACTOR = 8, 3.0
 # Above the record by less is no new one: noise makes such steps all the time.
 _RECORD_FACTOR = 1.2
+# Where a tenth of the losses is negative (policy gradients), logarithms of the rest say nothing of their size.
+_SIGNED_SHARE = 10
 
 
 class Window:
@@ -102,14 +104,17 @@ class Window:
         newest = self.tail(_CLIMB)
         return len(self._values) >= _SETTLED + _CLIMB and value > max(newest) + math.log(_CLIMB_FACTOR)
 
-    def tail_limit(self, chance: float, prior_scale: float, *, without_newest: bool = False) -> float:
+    def tail_limit(
+        self, chance: float, prior_scale: float, *, without_newest: bool = False, own_tail: bool = False
+    ) -> float:
         """The value that a step of this run exceeds with about the probability ``chance``; NaN when empty.
 
         Above the highest eighth the tail is taken to fall off exponentially: for logarithms a power law, which is
         heavier than the tails of normal and log-normal noise. Its scale is learnt from these values, upwards by two
         standard errors, ``prior_scale`` counting as if it had been seen in 8; but rare rows inflate it, so it leads
-        no further than a tail without a variance would from the record on. Nor is it nearer to the record than the
-        typical tail allows for what was not seen in so many steps. ``without_newest`` leaves out the newest 8.
+        no further than a tail without a variance would from the record on (with ``own_tail``: than one of the learnt
+        scale, where that is heavier). Nor is it nearer to the record than the typical tail allows for what was not
+        seen in so many steps. ``without_newest`` leaves out the newest 8.
 
         Source: Hill 1975, "A simple general approach to inference about the tail of a distribution"; the
         conjugate prior of an exponential scale.
@@ -126,8 +131,8 @@ class Window:
         typical = (_median(excess) / math.log(2.0) * num + known) / weight
         unseen = math.log(max(1.0, 1.0 / (self.num_seen * chance)))
         reach = start + scale * math.log(max(1.0, num / (count * chance)))
-        record = self._record(ordered)
-        most, least = record + _HEAVIEST * unseen, record + min(max(typical, prior_scale), _HEAVIEST) * unseen
+        record, heaviest = self._record(ordered), max(scale, _HEAVIEST) if own_tail else _HEAVIEST
+        most, least = record + heaviest * unseen, record + min(max(typical, prior_scale), heaviest) * unseen
         return max(min(reach, most), least)
 
     @property
@@ -169,6 +174,8 @@ class Bounds:
     """Probability of such a value in a step, by the tail of the run, below which it is one."""
     prior_scale: float
     """Scale of the tail of the logarithms before anything was seen."""
+    own_tail: bool = False
+    """A tail as heavy as the run has shown is believed in, however heavy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +197,8 @@ def outlier(log_window: Window, value: float, bounds: Bounds) -> Outlier | None:
     if math.log(value) <= least:
         return None
     climbs = log_window.climbs_to(math.log(value))
-    limit = max(least, log_window.tail_limit(bounds.chance, bounds.prior_scale, without_newest=climbs))
+    past = {"without_newest": climbs, "own_tail": bounds.own_tail}
+    limit = max(least, log_window.tail_limit(bounds.chance, bounds.prior_scale, **past))
     if math.log(value) <= limit:
         return None
     return Outlier(bounded_exp(centre), bounded_exp(limit), bounded_exp(math.log(value) - centre))
@@ -247,6 +255,8 @@ class History:
         self.zero_gradients_in_a_row = 0
         self.num_not_positive = 0
         """Committed steps with a finite loss of 0 or below."""
+        self.num_negative = 0
+        """Those of them with a loss below 0."""
         self.first_loss = math.nan
         self.first_headroom_bits = math.nan
         self.lowest_headroom_bits = math.nan
@@ -279,6 +289,7 @@ class History:
             self.log_loss.add(math.log(loss))
         elif math.isfinite(loss):
             self.num_not_positive += 1
+            self.num_negative += loss < 0
         if grad_norm > 0:
             self.log_grad_norm.add(math.log(grad_norm))
         self.zero_gradients_in_a_row = self.zero_gradients_in_a_row + 1 if grad_norm == 0 else 0
@@ -297,6 +308,15 @@ class History:
         self.overflows.add(0.0)
         self.num_committed += 1
         self.aborts_in_a_row = self.overflows_in_a_row = 0
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether the losses are of either sign, as those of policy gradients: no factor between two means anything.
+
+        A loss of 0 has no sign: groups whose rewards are all alike have it, and so have losses that a script replaced.
+        """
+        num_positive = self.num_committed - self.num_not_positive
+        return _SIGNED_SHARE * self.num_negative > num_positive + self.num_negative
 
     def _take_headroom(self, bits: float) -> None:
         if not self.headroom_bits.add(bits):
@@ -336,7 +356,7 @@ class History:
     )
     """Not in the records of older versions."""
     _COUNTERS = ("num_committed", "num_aborted", "aborts_in_a_row", "overflows_in_a_row", "num_overflows")
-    _LATER_COUNTERS = ("num_headrooms", "zero_gradients_in_a_row", "num_not_positive")
+    _LATER_COUNTERS = ("num_headrooms", "zero_gradients_in_a_row", "num_not_positive", "num_negative")
     _FIRSTS = ("first_loss", "first_headroom_bits", "lowest_headroom_bits")
 
     def state(self) -> dict[str, Any]:
@@ -349,6 +369,8 @@ class History:
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave; what the record of an older version lacks begins empty."""
         fresh = History().state()
+        # Before negative losses had a counter of their own, losses of 0 and below were taken for signed.
+        state = {"num_negative": state.get("num_not_positive", 0), **state}
         for name in self._WINDOWS:
             getattr(self, name).load(state[name])
         for name in self._LATER_WINDOWS:

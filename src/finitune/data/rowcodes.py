@@ -166,15 +166,19 @@ MASK_UNCERTAIN = _bad(
     "DAT046",
     (
         "The answer cannot be found in the rendered text",
-        "row {row}: the chat template rewrites turn {turn}, so which tokens are the answer is not certain",
+        "row {row}: the chat template rewrites turn {turn}, or its generation block holds something else, so which "
+        "tokens are the answer is not certain",
         "A wrong mask trains on the prompt or skips the answer without any sign.",
     ),
     (
         "无法在渲染结果中定位回答",
-        "第 {row} 行：聊天模板改写了第 {turn} 轮，因而无法确定哪些词元是回答",
+        "第 {row} 行：聊天模板改写了第 {turn} 轮，或其 generation 块标记的是别的内容，因而无法确定哪些词元是回答",
         "错误的掩码会悄悄训练提示或漏掉回答。",
     ),
-    ("use a template that prints the turns unchanged", "使用原样输出各轮的模板"),
+    (
+        "use a template that prints the turns unchanged, with the answers inside its generation blocks",
+        "使用原样输出各轮、且回答位于 generation 块内的模板",
+    ),
 )
 BAD_TEXT = _bad(
     "DAT047",

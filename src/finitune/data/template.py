@@ -3,7 +3,7 @@
 The whole conversation is rendered ONCE with the tokenizer's own chat template, so that later its tokens are
 those of the text in context. The supervised characters of an assistant turn are found in one of three ways:
 
-1. ``{% generation %}`` blocks, where the template has them: the author's own word.
+1. ``{% generation %}`` blocks, where the template has them and the answers stand in them: the author's own word.
 2. Prefixes. What the model is given to answer turn i is the rendering of the turns before it with the
    generation prompt. Where that is a prefix of the whole text, the turn's characters run from its end to the
    end of the rendering up to and including turn i: exactly what generation would have to produce. It holds the
@@ -110,6 +110,9 @@ class ChatRenderer:
         wanted = [i for i, m in enumerate(example.messages) if m.is_supervised()]
         if len(blocks) == len(assistants) and set(wanted) <= set(assistants):
             by_turn = dict(zip(assistants, blocks, strict=True))
+            missed = next((i for i in wanted if not self._holds(example, text, by_turn, i)), None)
+            if missed is not None:
+                return row_finding(MASK_UNCERTAIN, example.id, turn=missed)
             return Rendered(text, tuple(self._trimmed(text, by_turn[i]) for i in wanted))
         return self._located(example, text, wanted)
 
@@ -157,6 +160,33 @@ class ChatRenderer:
             return self._text(example, messages, prompt=prompt)[0]
         except Exception:  # noqa: BLE001  a template may raise anything
             return None
+
+    def _holds(self, example: Example, text: str, by_turn: Mapping[int, Span], turn: int) -> bool:
+        """Whether the block that is to be a turn's holds its answer; also where the template writes it otherwise."""
+        if not self.marks_answers:
+            return False
+        start, end = by_turn[turn]
+        if example.messages[turn].content.strip() in text[start:end]:
+            return True
+        twin = Message("assistant", _STAND_IN, tool_calls=example.messages[turn].tool_calls)
+        changed = (*example.messages[:turn], twin, *example.messages[turn + 1 :])
+        return self._is_marked(example, changed) is not False
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the generation blocks hold the answer, in the smallest conversation that there is."""
+        return self._is_marked(None, (Message("user", "a"), Message("assistant", _STAND_IN))) is not False
+
+    def _is_marked(self, example: Example | None, messages: Sequence[Message]) -> bool | None:
+        """Whether the unique word of a conversation stands in a generation block; None where that cannot be told."""
+        try:
+            text, blocks = self._text(example, messages)
+        except Exception:  # noqa: BLE001  a template may raise anything
+            return None
+        at = text.find(_STAND_IN)
+        if at < 0 or not blocks:
+            return None
+        return any(start <= at and at + len(_STAND_IN) <= end for start, end in blocks)
 
     def _located(self, example: Example, text: str, wanted: Sequence[int]) -> Rendered | Finding:
         spans: list[Span] = []

@@ -5,7 +5,9 @@ What it sees:
     from the run: its scale from the highest eighth of the last 128 norms, its record from the last 4096. A norm is an
     explosion where a step of this run is so high with a probability below `chance` - or `joint_chance` where the
     loss, too, is `loss_factor` times its median, `loss_rise` above it and above everything seen - and it is above the
-    median by `factor`. The first `min_steps` steps are never judged.
+    median by `factor`. The first `min_steps` steps are never judged. In a run whose losses are of either sign (policy
+    gradients) the norm is a product of an advantage and a ratio of probabilities: a tail as heavy as the run itself
+    has shown is believed in, and the loss is not asked.
 
 Why it is bad:
     Clipping bounds the length of the update, not its direction, and Adam's second moment remembers the
@@ -21,7 +23,8 @@ What to do:
 
 Source:
     Pascanu, Mikolov & Bengio 2013, "On the difficulty of training recurrent neural networks", section 2;
-    Huang et al. 2025, "SPAM", for outliers that stay in Adam's moments; Hill 1975 for the scale of a tail.
+    Huang et al. 2025, "SPAM", for outliers that stay in Adam's moments; Hill 1975 for the scale of a tail. Measured on
+    33 families of healthy runs: 6 findings in 1,190,000 steps, 3 of which a chance of 1e-7 has as well.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ class Config:
 
     factor: float = 30.0
     """At least this many times the median: rare rows have 20 times, and a clipped step on them does no harm."""
-    chance: float = 1e-7
+    chance: float = 1e-6
     """Probability of such a norm in a step, by the run's own tail, below which it is no matter of chance."""
     joint_chance: float = 1e-5
     """The same where the loss stands out as well."""
@@ -102,9 +105,11 @@ def detect(history: History, reading: Reading, config: Config) -> Finding | None
     """A veto for an explosion; None for a loss or norm that is not finite (``non_finite`` judges those)."""
     if not math.isfinite(reading.loss) or len(history.log_grad_norm) < config.min_steps:
         return None
-    joint = breaks_record(history.log_loss, reading.loss, config.loss_factor, config.loss_rise)
+    signed = history.is_signed
+    joint = not signed and breaks_record(history.log_loss, reading.loss, config.loss_factor, config.loss_rise)
     chance = max(config.chance, config.joint_chance) if joint else config.chance
-    found = outlier(history.log_grad_norm, reading.grad_norm, Bounds(config.factor, chance, config.prior_scale))
+    bounds = Bounds(config.factor, chance, config.prior_scale, own_tail=signed)
+    found = outlier(history.log_grad_norm, reading.grad_norm, bounds)
     if found is None:
         return None
     return GRADIENT_EXPLOSION.find(

@@ -99,15 +99,11 @@ class Config:
         at_least("max_vetoes_in_a_row", self.max_vetoes_in_a_row, 0)
 
 
-# Where a tenth of the losses is 0 or below (policy gradients), logarithms of the rest say nothing of their size.
-_SIGNED_SHARE = 10
-
-
 def detect(history: History, reading: Reading, config: Config) -> Finding | None:
     """A veto for a spike; None for a loss that is not finite (``non_finite`` judges those) or not positive."""
     if not math.isfinite(reading.grad_norm) or len(history.log_loss) < config.min_steps:
         return None
-    if _SIGNED_SHARE * history.num_not_positive > history.num_committed:
+    if history.is_signed:
         return None
     joint = breaks_record(history.log_grad_norm, reading.grad_norm, config.norm_factor)
     chance = max(config.chance, config.joint_chance) if joint else config.chance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
-from finitune.engine import codes_guard, codes_incident, codes_time
+from finitune.engine import codes_guard, codes_half, codes_incident, codes_time
 
 TOO_MANY_ABORTS = Code(
     "NUM100",
@@ -335,4 +335,5 @@ CODES = (
     *codes_time.CODES,
     *codes_guard.CODES,
     *codes_incident.CODES,
+    codes_half.HALF_UNDER_SCALER,
 )

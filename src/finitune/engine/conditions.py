@@ -21,13 +21,18 @@ class Conditions:
     fp32_modules: tuple[str, ...] = ()
     """Modules (dotted names) that compute in fp32 inside a half-precision run."""
     attention: str | None = None
-    """"math": the plain attention (eager in transformers' models, the math kernel of torch's)."""
+    """"math": the plain attention (eager in transformers' models, the math kernel of torch's). "sdpa": torch's own in
+    transformers' models, whose softmax over nothing is 0."""
     loss_scale: float | None = None
     """A fixed loss scale; for experiments."""
     min_scale: float | None = None
     """Floor of the dynamic loss scale."""
+    max_scale: float | None = None
+    """Ceiling of the dynamic loss scale."""
     lr_factor: float = 1.0
     """Multiplies the scheduled learning rate."""
+    max_lr: float | None = None
+    """The scheduled rate of the first parameter group is at most this; those of others are lowered in proportion."""
     warmup_from_update: int | None = None
     """With ``warmup_steps``: the rate rises linearly from 0 over that many updates, beginning at this one."""
     warmup_steps: int = 0

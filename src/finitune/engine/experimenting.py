@@ -74,8 +74,12 @@ def _following(members: Sequence[tuple[str, ModuleType]], case: Case) -> tuple[s
 
 def _is_settled(case: Case) -> bool:
     """The state was changed from outside, or the updates before the failing step are wrong, or the loss of a step that
-    was committed is that of rows of the vocabulary that are out of scale.
+    was committed is that of rows of the vocabulary that are out of scale, or nothing but a raised rate is different, or
+    the loss of old steps comes out as many times larger as there are micro-batches.
     """
+    by_micros = case.bad("past_loss") and bool(case.number("past_loss", "by_micros"))
+    if case.good("borne_rate") or by_micros:
+        return True
     wrong_updates = case.good("reference_optimizer") and case.trigger is not Trigger.UPDATE
     return case.good(REDONE) or wrong_updates or (case.good("vocabulary_rows") and case.trigger is Trigger.RUNAWAY)
 

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from finitune.core import registry
 from finitune.core.errors import Halted
 from finitune.core.incident import Incident, Phase, Trigger
 from finitune.core.incident import Verdict as ReplayVerdict
 from finitune.core.types import Finding, Judgement, Reading, Severity, Verdict
+from finitune.engine.beside import Beside
 from finitune.engine.case import Case
 from finitune.engine.codes_guard import UPDATE_NOT_FINITE
 from finitune.engine.diagnose import diagnose
@@ -33,6 +33,8 @@ from finitune.engine.plan import BatchFate, Plan
 from finitune.engine.policy import Action, Policy, decide, is_scale_overflow
 from finitune.engine.port import Capability, ReplayPort
 from finitune.engine.prove import ProofSettings
+from finitune.engine.ruin import plan_of, ruins
+from finitune.engine.silent import Silent, known_past
 from finitune.engine.snapshot import Snapshot, as_snapshot, is_out_of_memory
 from finitune.engine.spoilt import parted_at, places, suspects, way_back
 from finitune.engine.state_check import StateCheck
@@ -106,7 +108,8 @@ class Guard:
         """``timeline`` None: nothing can be undone, so failures are refused but not investigated."""
         self.port, self.judge, self.policy, self.timeline, self.hooks = port, judge, policy, timeline, hooks
         self.settings = settings or GuardSettings()
-        self.check = StateCheck(port, self.settings.state_check_steps)
+        self.check, self.beside = StateCheck(port, self.settings.state_check_steps), Beside(port)
+        self.silent = Silent(port)
         self.treatment = Treatment(port, timeline, hooks, self.settings.probation_steps) if timeline else None
 
     @property
@@ -118,21 +121,22 @@ class Guard:
     def one(self) -> Turn:
         """One transaction, its consequence, its journal lines. A halt is in the Turn; only a lost journal raises."""
         self.check.begin()
-        turn = self._one()
+        turn = self.beside.begin(self, Turn) or self._one()
         self.check.end(ordinary=turn.incident is None and turn.halt is None)
         return turn
 
     def _one(self) -> Turn:
         if self.treatment is not None:
             self.treatment.relax()
-        started_s = time.perf_counter()
-        state = self.port.state
-        outcome = self._told_already(transact(self.port, self.judge, state.history))
+        started_s, state = time.perf_counter(), self.port.state
+        made = self.silent.watched(lambda: transact(self.port, self.judge, state.history))
+        outcome = self._told_already(self.beside.end(made))
         action = decide(outcome.judgement, outcome.reading, state.history, self.policy, scale_left=self.port.scale_left)
         spoilt = self._spoilt(outcome)
         turn = Turn(outcome, action, time.perf_counter() - started_s)
         if spoilt:
             return self._update_failed(turn, spoilt)
+        outcome = turn.outcome = self.silent.judged(self, outcome)
         trigger = triage(outcome.judgement, outcome.reading, action, act_on_forecast=self.settings.act_on_forecast)
         if trigger is None and outcome.committed and self.able and self.treatment is not None:
             trigger = self._not_back(turn, self.treatment)
@@ -319,20 +323,22 @@ class Guard:
             "median_grad_norm": median(norms) if norms else None,
             "first_loss": None if math.isnan(history.first_loss) else history.first_loss,
             "recent_losses": losses,
+            "is_signed": history.is_signed,
             "recent_rates": [math.exp(x) for x in history.log_lr],
             "num_overflows": history.num_overflows,
+            "kept": [past.to_json() for past in known_past(self)],
             "incidents": copy.deepcopy(self.port.state.guard.get("incidents", [])),
         }
 
     def _treat(self, turn: Turn, incident: Incident, found: Found | None, treatment: Treatment) -> None:
         """Carry out the plan that was proved, or what remains without one."""
-        plan = found.plan if found is not None else None
+        plan = plan_of(incident, found)
         if plan is not None and treatment.is_spent(incident, plan, self.settings.max_relapses):
             plan = None
         # What is finite may go on without a cure (an outlier's batch is given up); what fails may not.
         slow = incident.trigger in (Trigger.RUNAWAY, Trigger.FORECAST, Trigger.SILENT, Trigger.OUTLIER)
         without = plan is None or plan.halts
-        if self.settings.policy == "observe" or found is None or (slow and without and not _ruins(incident)):
+        if self.settings.policy == "observe" or found is None or (slow and without and not ruins(incident)):
             self._observed(turn, incident)
             treatment.note(incident, None)
         elif plan is None or without:
@@ -378,14 +384,6 @@ class Guard:
         self.port.forward_backward()
         self.port.commit(turn.outcome.reading)
         self.port.settle(Action.PROCEED, turn.outcome.reading, clean=False)
-
-
-def _ruins(incident: Incident) -> bool:
-    """A run that runs away for a cause that is named and has no remedy: every further step is lost."""
-    top = incident.diagnosis.top
-    if incident.trigger is not Trigger.RUNAWAY or top is None or not top.named:
-        return False
-    return not registry.load("causes", top.name).REMEDIES
 
 
 def loudest(amax: Mapping[str, float], count: int = 3) -> dict[str, float]:

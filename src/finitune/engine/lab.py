@@ -89,6 +89,8 @@ class Lab:
         self._bad_before = frozenset(bad_tensors(before.tensors.items(), ABSURD))
         self._state_at = state_at
         self._states: dict[int, Snapshot | None] = {before.step: before}
+        self.walked: dict[tuple[int, Conditions, tuple[int | None, ...]], tuple[Shot, ...]] = {}
+        """Courses that were made without mends or skips, by the step they start at, conditions and batches."""
 
     @property
     def step(self) -> int:
@@ -196,6 +198,8 @@ class Lab:
                 shots.append(shot)
                 if shot.bad:
                     break
+        if not mends and skip_at is None:
+            self.walked[start.step, conditions, tuple(steps)] = tuple(shots)
         return shots
 
     def _train_one(self, step: int | None, *, tolerant: bool) -> Shot:

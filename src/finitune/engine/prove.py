@@ -13,6 +13,7 @@ from finitune.engine.conditions import NotPossible
 from finitune.engine.lab import Lab, Shot
 from finitune.engine.plan import BatchFate, Plan
 from finitune.engine.port import ReplayPort
+from finitune.engine.snapshot import Snapshot
 
 # A cured run goes on near the losses of before: so far above their median is not a cure. Single batches vary.
 MAX_RISE = 1.5
@@ -43,28 +44,44 @@ def prove(lab: Lab, plan: Plan, settings: ProofSettings) -> Trial:
 
 
 def _run(lab: Lab, plan: Plan, past_steps: int) -> tuple[list[Shot], int]:
-    """The shots of the trial, and how many there would be if none failed."""
+    """The shots of the trial, and how many there would be if none failed.
+
+    An experiment that walked the very same steps under the very same conditions was the trial already.
+    """
     start = lab.before if plan.to_step is None else lab.state_at(plan.to_step)
     if start is None:
         raise NotPossible(f"the state after step {plan.to_step} cannot be had")
     skipping = plan.fate is BatchFate.SKIP
-    # A bare loop that has just committed has no batch at hand.
-    own = 0 if skipping or not is_at_hand(lab.port) else 1
-    walked = [None] * (lab.before.step - start.step + own)
-    steps: list[int | None] = [*walked, *_past(lab, past_steps)]
+    steps = steps_of(lab, start, past_steps, skipping=skipping)
     if not steps:
         raise NotPossible("there is no batch to try it on")
+    known = None if plan.mends or skipping else lab.walked.get((start.step, plan.conditions, tuple(steps)))
+    if known is not None and len(known) == len(steps) and not any(s.bad or lab.case.is_bad(s.reading) for s in known):
+        return list(known), len(steps)
     options: dict[str, Any] = {"mends": plan.mends, "tolerant": plan.fate is BatchFate.PASS}
-    return lab.course(start, plan.conditions, steps, skip_at=lab.before.step if skipping else None, **options), len(
-        steps
-    )
+    skip_at = lab.before.step if skipping else None
+    return lab.course(start, plan.conditions, steps, skip_at=skip_at, **options), len(steps)
 
 
-def _past(lab: Lab, count: int) -> list[int | None]:
-    """Batches to go on with: the coming ones; where they are not there yet, the newest that went well before."""
+def steps_of(lab: Lab, start: Snapshot, past_steps: int, *, skipping: bool = False) -> list[int | None]:
+    """What a trial from ``start`` computes: the batches since then, the one that failed, some past it (``Lab.course``).
+
+    ``skipping``: the one that failed is given up.
+    """
+    # A bare loop that has just committed has no batch at hand.
+    own = 0 if skipping or not is_at_hand(lab.port) else 1
+    return [*[None] * (lab.before.step - start.step + own), *_past(lab, start, past_steps)]
+
+
+def _past(lab: Lab, start: Snapshot, count: int) -> list[int | None]:
+    """Batches to go on with: the coming ones; where they are not there yet, the newest that went well before.
+
+    Not those of the trial, if there are others: what is trained on twice in a row is learnt by heart.
+    """
     ahead = min(count, lab.port.ahead())
-    known = list(lab.port.clean_steps())[: count - ahead]
-    return [*[None] * ahead, *known]
+    clean = lab.port.clean_steps()
+    known = [s for s in clean if s <= start.step] or list(clean)
+    return [*[None] * ahead, *known[: count - ahead]]
 
 
 def is_at_hand(port: ReplayPort) -> bool:

@@ -81,6 +81,8 @@ class Realiser:
             if self.conditions.attention == "math":
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
                 stack.enter_context(_eager(self.model))
+            if self.conditions.attention == "sdpa":
+                stack.enter_context(_dispatching(self.model, "sdpa"))
             yield
 
     def close(self) -> None:
@@ -97,8 +99,10 @@ class Realiser:
     def _check(self, conditions: Conditions) -> None:
         if conditions.precision is not None and conditions.precision not in PRECISIONS:
             raise NotPossible(f"precision {conditions.precision!r} is neither {' nor '.join(PRECISIONS)}")
-        if conditions.attention not in (None, "math"):
-            raise NotPossible(f'attention {conditions.attention!r} is not known; there is "math"')
+        if conditions.attention not in (None, "math", "sdpa"):
+            raise NotPossible(f'attention {conditions.attention!r} is not known; there are "math" and "sdpa"')
+        if conditions.attention == "sdpa" and not _dispatchers(self.model):
+            raise NotPossible("the attention of this model is not chosen by its configuration")
         if conditions.precision == "bf16" and conditions.precision != self.conditions.precision:
             for device in {p.device for p in self.model.parameters()}:
                 _check_bf16(device)
@@ -115,7 +119,7 @@ class Realiser:
 
     def _check_eps(self, eps: float) -> None:
         groups = self.optimizer.param_groups if self.optimizer is not None else []
-        if not any("eps" in group for group in groups):
+        if not any(isinstance(group.get("eps"), int | float) for group in groups):
             raise NotPossible("the optimizer has no eps")
         if not (math.isfinite(eps) and eps > 0):
             raise NotPossible(f"an eps of {eps} is not a positive number")
@@ -144,8 +148,8 @@ class Realiser:
                 group.update(configured)
             self._eps = None
         if eps is not None:
-            # A group without an eps (of a mixed optimizer) has nothing to change and nothing to restore.
-            self._eps = [{"eps": group["eps"]} if "eps" in group else {} for group in groups]
+            # A group without an eps, or with a pair of them (Adafactor), has nothing to change and nothing to restore.
+            self._eps = [{"eps": group["eps"]} if isinstance(group.get("eps"), int | float) else {} for group in groups]
             for group, configured in zip(groups, self._eps, strict=True):
                 group.update(dict.fromkeys(configured, eps))
 
@@ -178,19 +182,31 @@ def _eager(model: nn.Module) -> Iterator[None]:
     Each of their attention layers looks the name up in its config at every call, and the mask is made after the name
     at every forward. A ready 4-D boolean mask would be added to the scores as 0 and 1, hence the hooks.
     """
-    owners = [m for m in model.modules() if hasattr(getattr(m, "config", None), _DISPATCH)]
-    configs = list({id(c): c for m in owners for c in _with_nested(m.config)}.values())
+    handles = [m.register_forward_pre_hook(_additive_masks, with_kwargs=True) for m in _dispatchers(model)]
+    try:
+        with _dispatching(model, "eager"):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _dispatchers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if hasattr(getattr(m, "config", None), _DISPATCH)]
+
+
+@contextmanager
+def _dispatching(model: nn.Module, attention: str) -> Iterator[None]:
+    """Inside, models of transformers use the attention of that name; nothing happens to other models."""
+    configs = list({id(c): c for m in _dispatchers(model) for c in _with_nested(m.config)}.values())
     names = [getattr(c, _DISPATCH) for c in configs]
-    handles = [m.register_forward_pre_hook(_additive_masks, with_kwargs=True) for m in owners]
     try:
         for config in configs:
-            setattr(config, _DISPATCH, "eager")
+            setattr(config, _DISPATCH, attention)
         yield
     finally:
         for config, name in zip(configs, names, strict=True):
             setattr(config, _DISPATCH, name)
-        for handle in handles:
-            handle.remove()
 
 
 def _with_nested(config: Any) -> Iterator[Any]:
@@ -219,15 +235,20 @@ def _additive_masks(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any
 # -- numbers that ports use themselves -------------------------------------------------------------------------
 
 
-def learning_rate(scheduled: float, updates: int, conditions: Conditions) -> float:
+def learning_rate(scheduled: float, updates: int, conditions: Conditions, first: float | None = None) -> float:
     """The rate of the next update under ``conditions``.
 
     Args:
         scheduled: what the schedule says, at ``updates`` committed steps.
         updates: committed steps so far.
-        conditions: ``lr_factor``, and a re-warm-up over ``warmup_steps`` updates from ``warmup_from_update`` on. It
-            rises like the warm-up of a schedule, (k + 1) / (warmup + 1) at its k-th update: the first one trains.
+        first: what it says for the first parameter group, by which ``max_lr`` goes; None: it is that group.
+        conditions: ``max_lr``, ``lr_factor``, and a re-warm-up over ``warmup_steps`` updates from
+            ``warmup_from_update`` on. It rises like the warm-up of a schedule, (k + 1) / (warmup + 1) at its k-th
+            update: the first one trains.
     """
+    most, first = conditions.max_lr, scheduled if first is None else first
+    if most is not None and not first <= most:  # a schedule that divides by 0 gives NaN
+        scheduled = scheduled * (most / first) if math.isfinite(first) and scheduled != first else most
     rate = scheduled * conditions.lr_factor
     if conditions.warmup_from_update is None:
         return rate

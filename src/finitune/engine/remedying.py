@@ -57,7 +57,7 @@ def _proposed(case: Case, diagnosis: Diagnosis, now: Conditions) -> Iterator[Pla
     if not diagnosis.known:
         # Whether the batches to come are fine without this one is for the proof to say.
         yield from _plans("drop_batch", case, UNKNOWN, now)
-    if case.trigger in (Trigger.FORECAST, Trigger.SILENT):
+    if case.trigger is Trigger.FORECAST or (case.trigger is Trigger.SILENT and not diagnosis.known):
         yield from _plans("let_pass", case, UNKNOWN, now)
     yield from _plans("halt", case, diagnosis.top or UNKNOWN, now)
 
@@ -81,6 +81,7 @@ def loosens(planned: Conditions, now: Conditions) -> bool:
     """Something in force would be given up: a smaller rate or norm, a wider format, rows in quarantine."""
     return (
         planned.lr_factor > now.lr_factor
+        or _gives_up(now.max_lr, planned.max_lr, larger=True)
         or _gives_up(now.max_grad_norm, planned.max_grad_norm, larger=True)
         or _gives_up(now.adam_eps, planned.adam_eps, larger=False)
         or (now.clipper is not None and planned.clipper is None)

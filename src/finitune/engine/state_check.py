@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from finitune.engine.port import Port
+from finitune.engine.port import ReplayPort
 from finitune.numerics.statecheck import ABSURD, bad_tensors
 
 _TOKENS_A_LOOK = {"cpu": 2**11}
@@ -26,7 +26,7 @@ _TOKENS_A_LOOK_ELSEWHERE = 2**16
 class StateCheck:
     """The look at one port's state, step by step: :meth:`begin`, the update, :meth:`spoilt`, :meth:`end`."""
 
-    def __init__(self, port: Port, every_updates: int) -> None:
+    def __init__(self, port: ReplayPort, every_updates: int) -> None:
         """``every_updates``: between two whole looks, at most."""
         self.port, self.every_updates = port, every_updates
         self.bad_from_start = frozenset(self.bad_now())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from finitune.engine.codes import STATE_NOT_FINITE
 from finitune.engine.codes_guard import INCIDENT_HALT
 from finitune.engine.conditions import Conditions, NotPossible
 from finitune.engine.line import treated
+from finitune.engine.look.codes_update import LOSS_RESCALED
 from finitune.engine.mend import mend
 from finitune.engine.monitor import read
 from finitune.engine.plan import BatchFate, Operation, Plan
@@ -68,8 +70,11 @@ class Treatment:
         """The guard's memory in the present state."""
         return self.port.state.guard
 
-    def apply(self, incident: Incident, plan: Plan) -> None:
-        """Go back, mend, bring the conditions into force. Journalled before it acts; raises Halted."""
+    def apply(self, incident: Incident, plan: Plan, put: Callable[[], None] | None = None) -> None:
+        """Go back, mend, bring the conditions into force. Journalled before it acts; raises Halted.
+
+        ``put``: does what the plan mends, where the good values are neither in an earlier state nor in the original.
+        """
         memory = copy.deepcopy(self.memory)
         was = self.port.conditions
         if plan.to_step is not None:
@@ -84,7 +89,7 @@ class Treatment:
             until = self.port.state.step + incident.steps_lost + self.probation_steps
             before = {**plan.conditions.replaced_in(was), **memory.get("given", {}).get("before", {})}
             memory["given"] = {"at": until, "wait": self.probation_steps, "before": before}
-        self._change(incident.number, plan, memory)
+        self._change(incident.number, plan, memory, put)
 
     def note(self, incident: Incident, conditions: Conditions | None) -> None:
         """Remember an incident that changed nothing."""
@@ -95,7 +100,9 @@ class Treatment:
         wait = _QUIET_STEPS if waited is None else min(2 * waited, _LONGEST_QUIET_STEPS)
         memory.setdefault("waits", {})[kind] = wait
         memory.setdefault("quiet", {})[kind] = self.port.state.step + wait
-        if incident.trigger in _RUN_ITSELF:
+        if incident.finding.code == LOSS_RESCALED.code:
+            self._accept(memory, incident)
+        elif incident.trigger in _RUN_ITSELF:
             self._accept(memory, incident) if _is_of_the_data(incident) else self._watch(memory, incident, wait)
         self._write(incident.number, self.port.conditions, (), memory, redo=True)
         self.port.state.guard = memory
@@ -115,10 +122,10 @@ class Treatment:
         self.timeline.ring.forget_after(self.port.state.attempt)
         self.hooks.went_back(to_step)
 
-    def _change(self, number: int, plan: Plan, memory: dict[str, Any]) -> None:
+    def _change(self, number: int, plan: Plan, memory: dict[str, Any], put: Callable[[], None] | None = None) -> None:
         redo = all(m.what is not Operation.REPAIR for m in plan.mends)
         self._write(number, plan.conditions, plan.mends, memory, redo=redo)
-        mend(self.port, plan.mends, self.state_at)
+        put() if put is not None else mend(self.port, plan.mends, self.state_at)
         self.port.adopt(plan.conditions)
         self.port.state.guard = memory
         if plan.mends:
@@ -146,7 +153,8 @@ class Treatment:
 
     def _watch(self, memory: dict[str, Any], incident: Incident, every: int) -> None:
         """Look at the level of the losses from now on: it has to come back to that of before."""
-        found = next((e.numbers for e in incident.evidence if e.experiment == "lower_lr"), {})
+        told = [e.numbers for e in incident.evidence if e.experiment in ("borne_rate", "lower_lr")]
+        found = told[-1] if told else {}
         before = found.get("median_loss", incident.finding.data.get("before"))
         if not isinstance(before, float) or not math.isfinite(before):
             return

@@ -11,6 +11,8 @@ from finitune.engine.policy import Action, is_scale_overflow
 # Codes that name a failure which no single step shows.
 RUNAWAY_CODES = ("OPT002", "OPT003")
 _FORECAST = ("NUM031",)
+# Codes of faults by which nothing fails: an update that goes uphill, a loss that is computed in another way.
+_SILENT = ("OPT120", "OPT121")
 _HARMLESS = ("DAT100",)
 
 
@@ -25,6 +27,8 @@ def triage(judgement: Judgement, reading: Reading, action: Action, *, act_on_for
     if action is Action.PROCEED:
         if codes.intersection(RUNAWAY_CODES):
             return Trigger.RUNAWAY
+        if codes.intersection(_SILENT):
+            return Trigger.SILENT
         return Trigger.FORECAST if act_on_forecast and codes.intersection(_FORECAST) else None
     if codes.intersection(_HARMLESS):
         return None
@@ -37,10 +41,8 @@ def triage(judgement: Judgement, reading: Reading, action: Action, *, act_on_for
 
 def cause_of(trigger: Trigger, judgement: Judgement) -> Finding:
     """The finding that a failure is filed under: the gravest that asked for a veto, or the one that triggered it."""
-    wanted = {Trigger.RUNAWAY: RUNAWAY_CODES, Trigger.FORECAST: _FORECAST}.get(trigger)
+    wanted = {Trigger.RUNAWAY: RUNAWAY_CODES, Trigger.FORECAST: _FORECAST, Trigger.SILENT: _SILENT}.get(trigger)
     grave = [Severity.ERROR, Severity.WARNING, Severity.NOTE]
-    if wanted is not None:
-        found = [f for f in judgement.findings if f.code in wanted]
-    else:
-        found = [f for f in judgement.findings if f.veto]
+    # What a look found before the first step is silent as well, and has a veto: nothing is committed before it is over.
+    found = [f for f in judgement.findings if f.code in (wanted or ())] or [f for f in judgement.findings if f.veto]
     return min(found, key=lambda f: grave.index(f.severity))

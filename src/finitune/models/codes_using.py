@@ -246,7 +246,35 @@ NOT_RESCALED = Code(
     ),
 )
 
+ROPE_DIFFERS = Code(
+    "MOD042",
+    Severity.WARNING,
+    en=Text(
+        "The rotary frequencies in the file are not those of config.json",
+        "{name}[{index}] is {found} in the file (base {stored_base}), and {expected} by config.json (base {base}). "
+        "{count} such tensors are in {folder}.",
+        "The weights were trained with the frequencies in the file; the model is computed with those of config.json. "
+        "All is finite and works, only worse: every token stands elsewhere than the weights expect it.",
+        (
+            "set rope_theta in config.json to {stored_base}, and rope scaling to what the model was trained with",
+            "if the base was changed on purpose, to train on longer texts: take the tensors out of the file",
+        ),
+    ),
+    zh=Text(
+        "文件中的旋转位置频率与 config.json 不符",
+        "{name}[{index}] 在文件中为 {found}（基数 {stored_base}），按 config.json 则为 {expected}（基数 {base}）。"
+        "{folder} 中这样的张量共 {count} 个。",
+        "权重是用文件中的频率训练的，而模型按 config.json 的频率计算。一切都是有限的，也能运行，只是更差："
+        "每个词元都不在权重所期望的位置。",
+        (
+            "把 config.json 中的 rope_theta 设为 {stored_base}，并把 rope 缩放设为训练该模型时的设置",
+            "若是为训练更长的文本而有意修改基数：从文件中去掉这些张量",
+        ),
+    ),
+)
+
 CODES = (
+    ROPE_DIFFERS,
     NOT_RESCALED,
     QUANTISED,
     ADAPTER_FOLDER,

@@ -44,6 +44,7 @@ from finitune.models.family import Family, StateDict, family_for, known_model_ty
 from finitune.models.layout import native_config
 from finitune.models.library import quiet
 from finitune.models.rope import forget_lengths
+from finitune.models.stored_rope import STORED, contradictions
 from finitune.models.tokenizers import has_tokenizer, load_tokenizer, size_findings
 from finitune.models.weights import Scan, listing, read_state, scan, shown, weight_files
 from finitune.numerics.seeds import generators_seeded
@@ -297,6 +298,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
     stored = read_state(weight_files(folder))
     found = scan(stored)
     errors, findings = _value_faults(found, folder, dtype)
+    rotary = {name: tensor for name, tensor in stored.items() if name.endswith(STORED)}
     state = _converted(family, stored, raw, errors)
     with quiet():
         model, info = _causal_class(config).from_pretrained(
@@ -312,6 +314,7 @@ def _checkpoint(folder: Path, dtype: torch.dtype, attention: str) -> _Built:
     errors += _key_faults(info, folder)
     errors += _tie_faults(model, state, folder)
     raise_all(errors)
+    findings += contradictions(rotary, model, str(folder))
     unexpected = tuple(sorted(k for k in info["unexpected_keys"] if not k.endswith(_COMPUTED)))
     if unexpected:
         findings.append(UNEXPECTED_KEYS.find(str(folder), num=len(unexpected), names=shown(unexpected)))

@@ -10,7 +10,7 @@ from typing import Any
 from finitune.core import registry
 from finitune.core.chain import number
 from finitune.core.codes import all_codes, fill
-from finitune.core.incident import Cause, Evidence, Incident, Result, Suspect, Trial
+from finitune.core.incident import Cause, Evidence, Incident, Result, Suspect, Trial, Trigger
 from finitune.core.messages.catalogue import language, text
 from finitune.core.units import duration_text
 from finitune.report.words import width
@@ -263,6 +263,10 @@ def proof_text(incident: Incident) -> str:
     return said + (text("incidents.proof.after", count=failed) if failed else "")
 
 
+_NOTHING_REFUSED = (Trigger.SILENT, Trigger.RUNAWAY, Trigger.FORECAST)
+"""Incidents about a run, not about the batch at hand: it was trained on."""
+
+
 def outcome_of(incident: Incident) -> str:
     """One of the known outcomes, or "open"."""
     known = ("cured", "passed", "skipped", "observed", "halted")
@@ -273,6 +277,8 @@ def done_text(incident: Incident) -> str:
     """What was done about it."""
     outcome = outcome_of(incident)
     words = remedy_text(incident.remedy, applied(incident)) if incident.remedy else ""
+    if outcome == "observed" and incident.trigger in _NOTHING_REFUSED:
+        outcome = "watched"
     return text(f"incidents.done.{outcome}", words=words, phase=text(f"incidents.phase.{incident.phase.value}"))
 
 
@@ -296,6 +302,8 @@ def cost_text(incident: Incident) -> str:
 
 def rows_given_up(incident: Incident) -> int:
     """Rows of the batch that were not trained on because of it."""
+    if incident.outcome == "observed" and incident.trigger in _NOTHING_REFUSED:
+        return 0
     if incident.outcome in ("observed", "skipped"):
         return len(incident.rows)
     trial = applied(incident)

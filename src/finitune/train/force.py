@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -50,8 +51,9 @@ class Force:
         self._realiser.adopt(inner)
         self.compute.inside = self._realiser.forward if inner != AS_CONFIGURED else None
 
-    def set_floor(self, scaler: LossScaler, configured_min: float, conditions: Conditions) -> None:
-        """The least scale that the scaler goes down to."""
+    def set_range(self, scaler: LossScaler, configured_min: float, conditions: Conditions) -> None:
+        """The least scale that the scaler goes down to, and the largest that is used."""
+        scaler.ceiling = math.inf if conditions.max_scale is None else conditions.max_scale
         floor = configured_min if conditions.min_scale is None else conditions.min_scale
         if scaler.settings.min_scale != floor:
             scaler.settings = replace(scaler.settings, min_scale=min(floor, scaler.settings.max_scale))

@@ -26,7 +26,7 @@ from finitune.engine.monitor import Monitor
 from finitune.engine.policy import Action, is_scale_overflow
 from finitune.engine.port import WHOLE, Ask, Capability, Trace, Unit
 from finitune.engine.realise import clip_norm, learning_rate
-from finitune.engine.scaler import LossScaler
+from finitune.engine.scaler import LossScaler, skipped_before
 from finitune.engine.snapshot import copy_over
 from finitune.numerics.determinism import Kernels
 from finitune.numerics.norms import tensor_norms
@@ -115,7 +115,7 @@ class TrainPort:
             return
         self._force.bring(conditions)
         if self.state.scaler is not None:
-            self._force.set_floor(self.state.scaler, self._min_scale, conditions)
+            self._force.set_range(self.state.scaler, self._min_scale, conditions)
 
     @property
     def lr(self) -> float:
@@ -137,7 +137,7 @@ class TrainPort:
         scaler = self.scaler
         if scaler is None:
             return self.conditions.loss_scale
-        return max(scaler.scale, scaler.settings.min_scale)
+        return scaler.in_force
 
     @property
     def scale_left(self) -> bool:
@@ -225,7 +225,7 @@ class TrainPort:
         state.history.commit(reading)
         scaler = self.scaler
         if scaler is not None:
-            scaler.scale = max(scaler.scale, scaler.settings.min_scale)
+            scaler.scale = scaler.in_force
             scaler.committed()
         state.updates += 1
         state.supervised_tokens += reading.supervised_tokens or 0
@@ -344,6 +344,7 @@ class TrainPort:
             | rate
             | {
                 "width_tokens": max(widths, default=0),
+                "scale_before": skipped_before(self.state.history)["scale_before"],
                 "num_units": len(self.units()),
             }
         )

@@ -96,7 +96,9 @@ class HalfPort(BarePort):
         if limit is not None:
             nn.utils.clip_grad_norm_([p for _, p in self.parameters()], limit)
         for group, lr in zip(self._optimizer.param_groups, self._lrs, strict=True):
-            group["lr"] = lr * self.conditions.lr_factor * self.schedule(self.state.step)
+            scheduled = lr * self.schedule(self.state.step)
+            most = self.conditions.max_lr
+            group["lr"] = self.conditions.lr_factor * (scheduled if most is None else min(scheduled, most))
         self._optimizer.step()
         self.abort()
         self.state.updates += 1

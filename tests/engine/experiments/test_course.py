@@ -19,7 +19,6 @@ from finitune.engine.experiments._course import (
     Course,
     Walk,
     near_limit,
-    since_growth,
     since_rise,
 )
 from finitune.engine.lab import Lab
@@ -95,13 +94,6 @@ def test_the_slow_beginning_of_a_rise_belongs_to_it() -> None:
     assert since_rise([*calm, 9.0, 9.5], 3.0) == 2
     assert since_rise(calm, 3.0) == 0
     assert since_rise([], 3.0) == 0
-
-
-def test_a_rate_that_left_its_level_is_seen_and_a_warm_up_is_not() -> None:
-    assert since_growth([1.0] * 40 + [3.0] * 5) == 5
-    assert since_growth([1.0] * 40 + [1.3**i for i in range(1, 11)]) == 8
-    assert since_growth([0.1 * i for i in range(1, 60)]) == 0
-    assert since_growth([1.0] * 45) == since_growth([]) == since_growth([1.0, 9.0]) == 0
 
 
 def test_a_course_starts_where_the_rate_was_raised_even_if_the_loss_rose_later() -> None:

@@ -70,16 +70,6 @@ def test_a_trainer_that_counts_none_is_believed() -> None:
     assert (numbers["supervised"], numbers["tokens"]) == (0, 9)
 
 
-def test_gradients_that_overflow_at_the_runs_scale_only_are_good_at_smaller_ones() -> None:
-    model = llama()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    lab = until_failure(HalfPort(model, optimizer, causal_loss, text(5), half=True, scale=2.0**24))
-    found, _ = made(lab, "loss_scales")
-    assert found.result is Result.GOOD
-    assert found.numbers["good_at"][:3] == [2.0**-12, 1.0, 256.0]
-    assert found.numbers["bad_at"][-1] == 2.0**24
-
-
 def test_a_nan_gradient_is_bad_at_the_smallest_scale_and_larger_ones_are_not_tried() -> None:
     lab = infinite_derivative()
     lab.port.scale = 2.0**16  # type: ignore[attr-defined]
@@ -327,24 +317,46 @@ def test_an_outlier_is_harmless_where_other_batches_keep_their_losses_after_it(l
     assert lab.budget.replays - spent == 3
 
 
+@pytest.mark.parametrize(
+    ("is_signed", "recent", "expected"),
+    [
+        (False, [1e6], Result.BAD),
+        (True, [0.1, 0.2], Result.BAD),
+        (True, [], Result.BAD),
+        (True, None, Result.BAD),
+        (True, [math.nan, math.inf, -0.0], Result.BAD),
+        (True, [0.1, 1e6, math.nan], Result.GOOD),
+    ],
+)
+def test_a_policy_is_harmed_only_beyond_what_its_losses_have_been(
+    is_signed: bool, recent: list[float] | None, expected: Result
+) -> None:
+    lab = outlier(1.0)
+    assert lab.shoot().bad
+    lab.case = replace(lab.case, past={**lab.case.past, "is_signed": is_signed, "recent_losses": recent})
+    assert result(lab, "let_pass") is expected
+
+
 def runaway(schedule: Callable[[int], float]) -> Lab:
     model = llama()
     port = HalfPort(model, torch.optim.AdamW(model.parameters(), lr=3e-3), causal_loss, text(60), schedule=schedule)
     return trained(32, Trigger.RUNAWAY, port=port)
 
 
-def test_of_the_rates_that_cure_the_largest_is_found_that_is_about_as_good_as_the_best() -> None:
+def test_half_of_the_largest_rate_that_holds_is_taken() -> None:
     lab = runaway(lambda step: 1.0 if step < 22 else 300.0)
     found, _ = made(lab, "lower_lr")
     numbers = found.numbers
     assert found.result is Result.GOOD
     assert 20 <= numbers["start_step"] <= 22, "before the first update at the rate that was raised"
-    assert 0.0003 <= numbers["factor"] <= 0.03, "the rate of before is a 300th"
+    assert 0.001 <= numbers["holds"] <= 0.03, "the rate of before is a 300th"
+    assert numbers["factor"] == pytest.approx(numbers["holds"] / 2)
     assert numbers["came_back"]
     assert len(numbers["losses"]) == 8
     levels = {float(factor): level for factor, level in numbers["levels"].items()}
-    assert levels[numbers["factor"]] <= 1.03 * min(levels.values())
-    assert levels[0.1] > levels[numbers["factor"]]
+    assert len(levels) <= 4, "searched by halving"
+    assert levels[numbers["holds"]] <= numbers["near"]
+    assert all(level > numbers["near"] for factor, level in levels.items() if factor > numbers["holds"])
 
 
 def test_a_loss_that_is_where_it_was_gives_nothing_to_prove() -> None:

@@ -168,3 +168,9 @@ def test_a_rise_is_told_from_noise_and_a_leap_from_a_climb(
 
 def test_every_experiment_of_the_contract_is_registered() -> None:
     assert set(registry.names("experiments")) >= MINE | {"scan_state", "rows"}
+
+
+@pytest.mark.parametrize(("eps", "is_one"), [(1e-8, True), (None, True), (1e-3, False), ((1e-30, 1e-3), False)])
+def test_an_eps_that_is_large_or_a_pair_is_not_tried(eps: Any, is_one: bool) -> None:
+    case = case_of(Trigger.UPDATE, {**PURE, "adam_eps": eps})
+    assert ("adam_eps" in wanted(case)) is is_one

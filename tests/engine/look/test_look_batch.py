@@ -67,6 +67,7 @@ def test_a_bad_number_is_named_by_tensor_and_row(value: float) -> None:
     found = of_batch([[("pixel_values", pixels)]], MODEL)
     assert codes(found) == [("DAT111", "N")]
     assert (found[0].data["index"], found[0].data["row_numbers"], found[0].data["bad"]) == ("2, 1, 0, 1", "3", 1)
+    assert (found[0].data["micro"], found[0].data["row_indices"]) == (0, [2])
 
 
 def test_a_missing_reward_is_a_matter_of_the_reward_function() -> None:
@@ -101,6 +102,14 @@ def test_rows_without_a_target_are_told_once_there_are_many() -> None:
     told = [counting.add([labels(1, 4)]) for _ in range(40)]
     assert [f.code for found in told for f in found] == ["DAT114"]
     assert (counting.num_empty, counting.num_rows) == (12, 48)
+
+
+@pytest.mark.parametrize(("empty", "count", "by_row"), [(1, 8, 500), (1, 10, 700), (1, 4, 80), (4, 4, 12)])
+def test_the_more_rows_are_seen_the_smaller_a_share_is_told(empty: int, count: int, by_row: int) -> None:
+    counting = Targets()
+    told = [counting.num_rows for _ in range(200) if counting.add([labels(empty, count)])]
+    assert len(told) == 1
+    assert told[0] <= by_row
 
 
 def test_one_empty_row_in_twenty_is_ordinary_data() -> None:

@@ -73,6 +73,25 @@ def test_a_head_of_zeros_is_told_with_the_loss_of_guessing() -> None:
     assert (data["num_zero"], data["num_trained"]) == (20, 21)  # the head alone has a gradient
 
 
+@pytest.mark.parametrize("build", [tiny_llama, tiny_internlm2])
+@pytest.mark.parametrize("factor", [0.0, 1e-20, 1e-4])
+@pytest.mark.parametrize("place", ["model.norm.weight", "lm_head.weight"])
+def test_the_tensor_that_lets_nothing_through_is_the_place(build: Any, factor: float, place: str) -> None:
+    model = build(0, **SIZES).train()
+    name = place if place in dict(model.named_parameters()) else "output.weight"
+    dict(model.named_parameters())[name].data.mul_(factor)
+    assert [(f.code, f.where) for f in looked(model)] == [("MOD111", name)]
+
+
+def test_the_place_is_the_base_of_a_wrapped_head_and_no_adapter_of_zeros() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny_llama(0, **SIZES)
+    model.lm_head.weight.data.mul_(1e-6)
+    made = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], r=4)).train()
+    assert [(f.code, f.where) for f in looked(made)] == [("MOD111", "base_model.model.lm_head.weight")]
+
+
 def test_a_body_in_the_wrong_scale_is_told() -> None:
     model = tiny_llama(0, **SIZES).train()
     for name, parameter in model.named_parameters():

@@ -150,6 +150,7 @@ def test_plans_are_sound_whatever_the_evidence(of: Case, now: Conditions) -> Non
         assert plan.safety is not Safety.ASK
         assert not loosens(plan.conditions, now)
         assert plan.conditions.lr_factor == now.lr_factor or of.good("lower_lr")
+        assert plan.conditions.max_lr == now.max_lr or of.good("borne_rate")
         again_ = Plan.from_json(json.loads(json.dumps(plan.to_json())))
         assert (again_.conditions, again_.mends, again_.to_step) == (plan.conditions, plan.mends, plan.to_step)
         said = registry.load("remedies", plan.remedy)
@@ -260,6 +261,36 @@ def test_a_lower_rate_needs_its_proof_and_goes_further_back_at_each_relapse() ->
     assert list(registry.load("remedies", "lower_lr").plans(case(), top(of), NOW)) == []
 
 
+def test_a_softmax_over_nothing_is_cured_without_giving_up_rows() -> None:
+    of = OF_CAUSES["masked_row"]
+    assert plans("safe_softmax", of) == [], "not without its experiment"
+    proved = replace(of, evidence=of.evidence | evidence("safe_softmax"), facts={**of.facts, "attention": "eager"})
+    first = candidates(proved, diagnose(proved), NOW, "safe")[0]
+    assert (first.remedy, first.safety, first.conditions.attention) == ("safe_softmax", Safety.SAFE, "sdpa")
+    assert plans("safe_softmax", proved, Conditions(attention="math")) == []
+
+
+RAISED = {"start_step": 121, "max_lr": 1e-4, "limit": 1e-4, "was": 0.1, "losses": [2.4], "losses_same": [9.0]}
+
+
+def test_where_the_rate_was_raised_the_rate_of_before_is_the_limit_then_half_of_it() -> None:
+    of = case(Trigger.RUNAWAY, loss=9.0, evidence=evidence("scan_state borne_rate", "", borne_rate=RAISED))
+    found = plans("lower_lr", of)
+    assert [(p.conditions.max_lr, p.to_step) for p in found] == [(1e-4, 121), (5e-5, 121)]
+    assert all(p.conditions.lr_factor == 1.0 and p.conditions.warmup_from_update is None for p in found)
+    assert "1e-4" in registry.load("remedies", "lower_lr").SAYS.say(found[0].data or {}).replace("0.0001", "1e-4")
+    assert plans("lower_lr", of, Conditions(max_lr=1e-5))[0].conditions.max_lr == 1e-4, "left to the rule below"
+    assert loosens(found[0].conditions, Conditions(max_lr=1e-5))
+    assert loosens(Conditions(), Conditions(max_lr=1e-5))
+    assert not loosens(Conditions(max_lr=1e-5), Conditions(max_lr=1e-4))
+
+
+def test_an_update_at_a_raised_rate_that_was_undone_needs_no_way_back() -> None:
+    now = {**RAISED, "start_step": case(Trigger.UPDATE).reading.step - 1}
+    of = case(Trigger.UPDATE, evidence=evidence("scan_state borne_rate", "", borne_rate=now))
+    assert [p.to_step for p in plans("lower_lr", of)] == [None, None]
+
+
 def test_clipping_starts_where_the_experiment_did_and_tightens_at_a_relapse() -> None:
     of = OF_CAUSES["exploding_gradient"]
     assert [(p.conditions.max_grad_norm, p.to_step) for p in plans("clip", of)] == [(0.5, 121)]
@@ -329,13 +360,6 @@ def test_plain_attention_only_where_it_is_not_in_use() -> None:
     assert [p.conditions.attention for p in plans("math_attention", of)] == ["math"]
     assert plans("math_attention", replace(of, facts={**FP32, "attention": "eager"})) == []
     assert plans("math_attention", of, Conditions(attention="math")) == []
-
-
-def test_the_scale_gets_a_floor_below_the_usual_one() -> None:
-    of = OF_CAUSES["backward_overflow"]
-    (plan,) = plans("scaler_reset", of)
-    assert plan.conditions.min_scale == 2.0**-4
-    assert plans("scaler_reset", of, Conditions(min_scale=2.0**-4)) == []
 
 
 def test_only_what_does_not_repeat_is_just_tried_again() -> None:

@@ -5,7 +5,7 @@ Meant for: training that goes on, with the cause named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from finitune.bench.contenders import _ranks
 from finitune.bench.recipe_load import RecipeLoad
 from finitune.bench.witness import Witness
 from finitune.bench.workload import Workload
-from finitune.core.errors import FiniTuneError, Halted
+from finitune.core.errors import FiniTuneError, Halted, UserError
 from finitune.core.incident import Incident
 from finitune.core.types import Finding, RowId, Severity
 from finitune.report.incident import summary
@@ -81,8 +81,15 @@ def _train(load: Workload, witness: Witness, guarded: BareGuard) -> None:
 def _tell_findings(findings: Sequence[Finding], witness: Witness) -> None:
     for finding in findings:
         if finding.severity is not Severity.NOTE:
-            where = [("finding", finding.where)] if finding.where else []
-            witness.find(finding.code, (*where, *(("row", str(row)) for row in finding.rows)))
+            witness.find(finding.code, tuple(places_of(finding)))
+
+
+def places_of(finding: Finding) -> Iterator[tuple[str, str]]:
+    """What a finding points at: its place, its rows, and the parameters that it names."""
+    if finding.where:
+        yield "finding", finding.where
+    yield from (("row", str(row)) for row in finding.rows)
+    yield from (("parameter", str(name)) for name in finding.data.get("parameters", ()))
 
 
 def row_id(name: str) -> RowId:
@@ -96,7 +103,8 @@ def _tell_error(error: Exception, incidents: Sequence[Incident], witness: Witnes
         witness.find("halted", text=str(error).splitlines()[0])
     elif not incidents:
         code = getattr(getattr(error, "code", None), "code", "")
-        witness.find(code, text=str(error).splitlines()[0] if str(error) else "")
+        where = tuple(places_of(error.finding())) if isinstance(error, UserError) else ()
+        witness.find(code, where, text=str(error).splitlines()[0] if str(error) else "")
     witness.raised(error)
 
 

@@ -42,7 +42,7 @@ def plant(load: Workload, random: Random) -> Expected:
         step=first,
         codes=("NUM402",),
         places=tuple(("row", n) for n in names),
-        remedies=("math_attention", "skip_rows"),
+        remedies=("safe_softmax", "math_attention", "skip_rows"),
         never=("OPT", "SYS", "MOD", "NUM400"),
         data={"row": name, "tokens": [blind.start, blind.stop]},
     )

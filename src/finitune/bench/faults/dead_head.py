@@ -32,7 +32,7 @@ def plant(load: Workload, random: Random) -> Expected:
     return Expected(
         says=f"{kind}: {_draw.short(places[0])} and {len(places) - 1} others times {_draw.spelled(factor)}",
         step=0,
-        codes=("MOD111", "MOD400"),
+        codes=("MOD111", "MOD118", "MOD400"),
         places=tuple(("parameter", n) for n in places),
         remedies=("halt", "none"),
         never=("DAT", "OPT401", "OPT406", "NUM4", "SYS"),

@@ -30,7 +30,7 @@ def plant(load: Workload, random: Random) -> Expected:
         step=1,
         codes=("OPT400", "SYS425"),
         places=tuple(("parameter", n) for n, _ in chosen),
-        remedies=("fp32", "bf16", "halt"),
+        remedies=("fp32_weights", "fp32", "bf16", "halt"),
         never=("DAT", "OPT401", "OPT406", "NUM4", "MOD", "SYS"),
         reference="fp32",
         data={"parameters": [n for n, _ in chosen]},

@@ -38,7 +38,7 @@ def plant(load: Workload, random: Random) -> Expected:
     return Expected(
         says=f"from step {step} on the logit of expert {expert} in {gate} is {_draw.spelled(bias)} higher",
         step=step,
-        codes=("MOD403",),
+        codes=("MOD403", "MOD117"),
         places=(("module", gate), ("parameter", f"{gate}.weight")),
         remedies=("none", "halt"),
         never=("DAT", "NUM4", "SYS", "OPT"),

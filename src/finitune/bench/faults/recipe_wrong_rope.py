@@ -35,7 +35,7 @@ def plant(load: RecipeLoad, random: Random) -> Expected:
     return Expected(
         says=f"rope_theta is {_draw.spelled(wrong)} in config.json, {_draw.spelled(_THETA)} by the stored inv_freq",
         step=0,
-        codes=("MOD112", "MOD400"),
+        codes=("MOD042", "MOD112", "MOD400"),
         places=(("buffer", "rotary_emb.inv_freq"), ("module", "rotary_emb")),
         never=("NUM", "OPT", "DAT", "SYS"),
         reference="",

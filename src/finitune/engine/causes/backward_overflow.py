@@ -13,8 +13,10 @@ Example:
     scale 65536: gradient norm inf; scale 256: 3.1; scale 1: 3.1; the loss is 2.31 at each of them
 
 What to do:
-    A smaller floor of the scale, or precision: bf16, which needs no scale. A fixed scale chosen by hand is no cure:
-    it is too large for one batch and too small for the next.
+    Where all gradients are large: a smaller scale, and a smaller floor of it. Where one module is loud, at a scale that
+    suits the others: that module in fp32, for at a scale that suits it the others round to 0. Or precision: bf16, which
+    needs no scale. A fixed scale chosen by hand is no cure: it is too large for one batch and too small for the next.
+    Batches that a scaler skips on its way down are lost to a common loop; after the cure they are trained on.
 
 Source:
     https://github.com/unslothai/unsloth-zoo/pull/866 , https://github.com/deepspeedai/DeepSpeed/issues/931 ,
@@ -47,6 +49,7 @@ CAUSE = Code(
         (
             "precision: bf16: the range of fp32, and no loss scale is needed",
             "scaler.min_scale: {floor} lets the scale fall far enough",
+            "where one module alone is loud: keep that module in fp32",
             "in a script: use torch.amp.GradScaler and look at its scale in every step; it has no floor of its own",
         ),
     ),
@@ -60,6 +63,7 @@ CAUSE = Code(
         (
             "precision: bf16：范围同 fp32，且不需要损失缩放",
             "scaler.min_scale: {floor} 使缩放可以降得足够低",
+            "若只有一个模块过大：让该模块保持 fp32",
             "在脚本中：使用 torch.amp.GradScaler，并在每一步查看它的缩放值；它本身没有下限",
         ),
     ),
@@ -95,7 +99,7 @@ def weigh(case: Case) -> Weight | None:
         good_at=_numbers(good_at),
         bad_at=_numbers(case.number("loss_scales", "bad_at", ())),
         cured_by=signs.cured_by(case, "bf16", "fp32"),
-        floor=_floor(good_at),
+        floor=_floor(case, good_at),
     )
 
 
@@ -104,8 +108,11 @@ def _numbers(values: object) -> str:
     return ", ".join(f"{n:g}" for n in found) or "-"
 
 
-def _floor(good_at: object) -> float:
-    """The largest scale that was good, as far as it is below the usual floor."""
+def _floor(case: Case, good_at: object) -> float:
+    """The largest scale that was good and loses nothing, as far as it is below the usual floor."""
+    usual = 2.0**-4
+    if case.number("loss_scales", "suits", True) is False or case.good("islands"):
+        return usual
     values = good_at if isinstance(good_at, list | tuple) else ()
     found = [n for v in values if (n := signs.number(v)) is not None and n > 0]
-    return min(2.0**-4, max(found, default=2.0**-4))
+    return min(usual, signs.number(case.number("loss_scales", "scale")) or max(found, default=usual))

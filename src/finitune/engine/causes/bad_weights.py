@@ -60,13 +60,17 @@ CAUSE = Code(
 CODES = (CAUSE,)
 FAULT_CLASS = "H"
 REMEDIES = ("repair_tensor", "skip_rows", "drop_batch")
+_NOT_AS_COMPUTED = "not_as_computed"
 
 
 def weigh(case: Case) -> Weight | None:
     """Named by the scan, where the tensor was bad from the start, or nothing of the run could have written it.
 
-    Of a trained tensor whose past is out of reach that is only suspected.
+    Of a trained tensor whose past is out of reach that is only suspected. A computed buffer that is not what its module
+    computes is seen as well, and named where the loss bears it out.
     """
+    if case.good("computed_buffers"):
+        return _of_buffers(case)
     gone_bad = signs.went_bad(case)
     bad = [s for s in signs.bad_state(case) if s.kind != "moment" and s not in gone_bad]
     if not bad:
@@ -86,6 +90,21 @@ def weigh(case: Case) -> Weight | None:
         index=signs.shown(worst.data.get("index")),
         row=signs.shown(worst.data.get("row")),
         value=signs.shown(worst.data.get("value")),
+    )
+
+
+def _of_buffers(case: Case) -> Weight | None:
+    reasons = Reasons()
+    reasons.proof(True, "computed_buffers", 0.9)
+    told = [s for s in case.suspects_of("buffer") if s.data.get("what") == _NOT_AS_COMPUTED]
+    names = [s.name for s in case.suspects_of("buffer")]
+    worst = told[0] if told else None
+    return reasons.weight(
+        worst.name if worst is not None else "",
+        names=signs.listed(names),
+        index=signs.shown(signs.of(worst, "index")),
+        row="-",
+        value=signs.shown(signs.of(worst, "value")),
     )
 
 

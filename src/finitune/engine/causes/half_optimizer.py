@@ -3,6 +3,7 @@
 What it sees:
     Loss and gradients are finite, and the update makes weights or moments NaN or inf. The weights are fp16. The
     update is finite with a larger eps, or with weights and moments in fp32. That is independent of the learning rate.
+    Or there is a loss scaler: it refuses to divide fp16 gradients by its scale, and no update can be made at all.
 
 Why it is bad:
     1e-8 is 0 in fp16. Where a gradient is 0 or tiny, Adam divides 0 by 0, and the weight is NaN. Rows that no token
@@ -26,6 +27,7 @@ from finitune.core.incident import Trigger
 from finitune.core.types import Severity
 from finitune.engine.case import Case
 from finitune.engine.causes import _signs as signs
+from finitune.engine.codes_half import HALF_UNDER_SCALER
 from finitune.engine.weight import REFUTED, Reasons, Weight
 
 CAUSE = Code(
@@ -33,12 +35,10 @@ CAUSE = Code(
     Severity.ERROR,
     Text(
         "cause: the optimizer computes in fp16 and its eps is lost there",
-        "The update of step {step} made {where} non-finite from finite gradients. The trainable weights are "
-        "{weights}, "
+        "No finite update of {where} came of the finite gradients of step {step}. The trainable weights are {weights}, "
         "the eps is {eps}; the update is finite under: {cured_by}.",
-        "The smallest step of fp16 near 0 is 6e-8, so an eps of 1e-8 is 0 and a gradient of 0 gives 0 / 0. The "
-        "learning "
-        "rate has no part in it.",
+        "The smallest step of fp16 near 0 is 6e-8, so an eps of 1e-8 is 0 and a gradient of 0 gives 0 / 0; a loss "
+        "scaler refuses fp16 gradients altogether. The learning rate has no part in it.",
         (
             "precision: fp16 or precision: bf16, which keep the trainable weights and moments in fp32",
             "in a script: model.float() with torch.autocast; with LoRA on a half base, cast the adapters to fp32",
@@ -47,9 +47,10 @@ CAUSE = Code(
     ),
     Text(
         "原因：优化器在 fp16 中计算，eps 因此变成 0",
-        "第 {step} 步的更新由有限的梯度使 {where} 变成非有限值。可训练权重为 {weights}，eps 为 {eps}；"
+        "第 {step} 步的梯度有限，{where} 却得不到有限的更新。可训练权重为 {weights}，eps 为 {eps}；"
         "在以下条件下更新有限：{cured_by}。",
-        "fp16 在 0 附近的最小步长是 6e-8，因此 1e-8 的 eps 就是 0，梯度为 0 时得到 0 / 0。这与学习率的大小无关。",
+        "fp16 在 0 附近的最小步长是 6e-8，因此 1e-8 的 eps 就是 0，梯度为 0 时得到 0 / 0；损失缩放器则完全拒绝 fp16 "
+        "梯度。这与学习率的大小无关。",
         (
             "precision: fp16 或 precision: bf16，它们让可训练权重和矩保持 fp32",
             "在脚本中：model.float() 并使用 torch.autocast；若在半精度底座上用 LoRA，把适配器转为 fp32",
@@ -59,15 +60,16 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "D"
-REMEDIES = ("adam_eps", "bf16", "fp32")
+REMEDIES = ("fp32_weights", "adam_eps", "bf16", "fp32")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named where a larger eps or another precision makes the update finite."""
+    """Named where a larger eps or another precision makes the update finite, or where a scaler refuses to make it."""
     if not case.has_half_weights or case.trigger not in (Trigger.UPDATE, *signs.FAILED):
         return None
-    is_update = case.trigger is Trigger.UPDATE
+    is_update, is_refused = case.trigger is Trigger.UPDATE, case.finding.code == HALF_UNDER_SCALER.code
     reasons = Reasons()
+    reasons.proof(is_refused, "facts", 0.9)
     reasons.proof(is_update and case.good("adam_eps"), "adam_eps", 0.85)
     reasons.proof(is_update and case.good("fp32"), "fp32", 0.7)
     reasons.proof(is_update and case.good("bf16") and not case.bad("fp32"), "bf16", 0.5)
@@ -84,7 +86,7 @@ def weigh(case: Case) -> Weight | None:
         step=case.reading.step,
         weights=signs.listed(signs.strings(case.facts.get("weights", ()))),
         eps=signs.shown(case.facts.get("adam_eps")),
-        cured_by=signs.cured_by(case, "adam_eps", "fp32", "bf16"),
+        cured_by="fp32_weights" if is_refused else signs.cured_by(case, "adam_eps", "fp32", "bf16"),
     )
 
 

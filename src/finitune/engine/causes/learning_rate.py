@@ -1,9 +1,9 @@
 """Learning rate: the steps are too long. Blamed only where a rollback with a smaller rate proved it.
 
 What it sees:
-    From a state some steps back, over the same batches: with a smaller rate the loss stays near that of before, as
-    the run went it does not. Without that experiment the rate is not even suspected, whatever the curve
-    looks like. A failure in fp16 that fp32 cures is one of range.
+    From a state some steps back, over the same batches: with a smaller rate (where it had been raised: with that of
+    before) the loss stays near that of before, as the run went it does not. Without that experiment the rate is not
+    even suspected, whatever the curve looks like. A failure in fp16 that fp32 cures is one of range.
 
 Why it is bad:
     The loss rises for several steps while all numbers are finite; the model forgets what it knew and ends near the
@@ -65,10 +65,11 @@ REMEDIES = ("lower_lr",)
 
 def weigh(case: Case) -> Weight | None:
     """Only after the experiment, and only where it cured."""
-    if not case.good("lower_lr"):
+    proof = signs.cured_by(case, "borne_rate", "lower_lr")
+    if proof == "-":
         return None
     reasons = Reasons()
-    reasons.proof(True, "lower_lr", 0.8)
+    reasons.proof(True, proof, 0.8)
     reasons.hint(case.good("older_weights"), "older_weights", 0.2)
     reasons.hint(case.bad("known_good_batch"), "known_good_batch", 0.3)
     reasons.hint(case.bad("update_share"), "update_share", 0.2)
@@ -80,17 +81,27 @@ def weigh(case: Case) -> Weight | None:
     reasons.against(case.good("known_good_batch"), "known_good_batch", 0.6)
     reasons.against(case.good("fresh_moments"), "fresh_moments", 0.7)
     reasons.against(case.good("math_attention"), "math_attention", 0.3)
-    rate = signs.number(case.reading.lr)
-    factor = signs.number(case.number("lower_lr", "factor")) or 0.1
+    rate, shown, lower = _rates(case, proof)
     return reasons.weight(
-        start_step=signs.shown(case.number("lower_lr", "start_step")),
-        same=_last(case.number("lower_lr", "losses_same")),
-        lower=_last(case.number("lower_lr", "losses") or case.number("lower_lr", "losses_tenth")),
-        factor=f"{factor:g}",
-        median_loss=signs.shown(case.number("lower_lr", "median_loss", case.past.get("median_loss"))),
+        start_step=signs.shown(case.number(proof, "start_step")),
+        same=_last(case.number(proof, "losses_same")),
+        lower=_last(case.number(proof, "losses") or case.number(proof, "losses_tenth")),
+        factor=f"{shown:.3g}",
+        median_loss=signs.shown(case.number(proof, "median_loss", case.past.get("median_loss"))),
         lr=signs.shown(rate),
-        lower_lr=signs.shown(rate * factor if rate is not None else None),
+        lower_lr=signs.shown(lower),
     )
+
+
+def _rates(case: Case, proof: str) -> tuple[float | None, float, float | None]:
+    """The rate that was too high, the share of it that the losses are of, and the rate to be set."""
+    rate = signs.number(case.reading.lr)
+    if proof == "borne_rate":
+        borne, raised = signs.number(case.number(proof, "max_lr")), signs.number(case.number(proof, "was"))
+        return raised or rate, borne / raised if borne and raised else 0.0, borne
+    factor = signs.number(case.number("lower_lr", "factor")) or 0.1
+    holds = signs.number(case.number("lower_lr", "holds")) or factor
+    return rate, holds, rate * factor if rate is not None else None
 
 
 def _last(losses: object) -> object:

@@ -60,7 +60,7 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "E"
-REMEDIES = ("math_attention", "skip_rows", "drop_batch")
+REMEDIES = ("safe_softmax", "math_attention", "skip_rows", "drop_batch")
 
 
 def weigh(case: Case) -> Weight | None:
@@ -73,6 +73,7 @@ def weigh(case: Case) -> Weight | None:
     reasons.hint(True, "localised", 0.5 if signs.is_softmax(case) else 0.3)
     reasons.proof(case.good("rows"), "rows", 0.7)
     reasons.proof(case.good("padding"), "padding", 0.7)
+    reasons.proof(case.good("safe_softmax"), "safe_softmax", 0.7)
     reasons.proof(case.good("math_attention"), "math_attention", 0.4)
     reasons.hint(case.good("known_good_batch"), "known_good_batch", 0.2)
     # fp16 scores may overflow as well; a mask does not care for the range of the activations.

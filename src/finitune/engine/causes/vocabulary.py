@@ -2,7 +2,8 @@
 
 What it sees:
     The failure begins in an embedding or output head and hangs on rows that hold certain tokens: new tokens whose
-    rows got a wrong scale or no values, or a padding row.
+    rows got a wrong scale or no values, or a padding row. Or nothing fails, but the loss falls with rows out of all
+    proportion set to the mean of the others.
 
 Why it is bad:
     A row that is a thousand times larger than the others dominates every norm behind it. Only samples with that token
@@ -55,13 +56,15 @@ CAUSE = Code(
 )
 CODES = (CAUSE,)
 FAULT_CLASS = "O"
-REMEDIES = ("skip_rows", "drop_batch")
+REMEDIES = ("repair_tensor", "skip_rows", "drop_batch")
 
 
 def weigh(case: Case) -> Weight | None:
-    """Named where the failure goes away with rows brought to the usual length, or where rows of data flip one that
-    begins in an embedding or head.
+    """Named where the failure goes away with rows brought to the usual length or set to the mean of the others, or
+    where rows of data flip one that begins in an embedding or head.
     """
+    if case.good("mean_rows"):
+        return _of_means(case)
     scaled = case.good("vocabulary_rows")
     told = [s for s in case.suspects_of("parameter", "module") if s.data.get("what") not in ("gradient", "update")]
     held = sorted((s for s in told if signs.of_vocabulary(s)), key=lambda s: s.data.get("what") != _OUT_OF_SCALE)
@@ -84,6 +87,21 @@ def weigh(case: Case) -> Weight | None:
         row=signs.listed(map(str, held[0].data.get("rows") or [signs.shown(held[0].data.get("row"))]), _MOST),
         amax=signs.shown(held[0].data.get("amax")),
         tokens=_tokens(case),
+        rows=signs.listed(signs.rows(case)),
+    )
+
+
+def _of_means(case: Case) -> Weight | None:
+    """The experiment has told which rows of which table; the table may have any name."""
+    reasons = Reasons()
+    reasons.proof(True, "mean_rows", 0.9)
+    first = next((s for s in case.suspects_of("parameter") if s.data.get("what") == _OUT_OF_SCALE), None)
+    tokens = signs.steps(case.number("mean_rows", "tokens", ()))
+    return reasons.weight(
+        str(case.number("mean_rows", "first", "-")),
+        row=signs.listed(map(str, tokens), _MOST),
+        amax=signs.shown(signs.of(first, "amax")),
+        tokens=signs.listed(map(str, tokens), _MOST),
         rows=signs.listed(signs.rows(case)),
     )
 

@@ -13,8 +13,9 @@ from finitune.core.incident import Trigger
 from finitune.engine.case import Case
 from finitune.engine.conditions import Conditions, NotPossible
 from finitune.engine.experiments import _tools as tools
+from finitune.engine.experiments._rates import raised_in
 from finitune.engine.lab import Lab
-from finitune.engine.prove import MAX_RISE, MIN_RISE_NATS, is_at_hand
+from finitune.engine.prove import MAX_RISE, MIN_RISE_NATS, ProofSettings, is_at_hand, steps_of
 from finitune.engine.snapshot import Snapshot
 
 MIN_BACK_STEPS = 8
@@ -83,13 +84,6 @@ def since_rise(losses: Sequence[float], usual: float) -> int:
     return count
 
 
-def since_growth(rates: Sequence[float]) -> int:
-    """Steps since the learning rate left, upwards and for good, a level at which it had stood; 0 where it did not."""
-    older = rates[: len(rates) // 2]
-    usual = median(older) if len(older) >= _LATELY else math.inf
-    return num_risen(rates, 2.0 * usual) if older and max(older) <= 1.2 * usual else 0
-
-
 def ran_away(case: Case) -> bool:
     """The losses before the failure had been rising, by far more than batches differ."""
     losses = list(case.past.get("recent_losses", ()))
@@ -114,8 +108,7 @@ def course_wanted(case: Case) -> bool:
         return not case.bad("scan_state")
     if case.trigger is Trigger.UPDATE or not tools.fails_in_step(case):
         return False
-    grown = since_growth(tools.finite(case.past.get("recent_rates", ()))) > 0
-    if case.trigger is Trigger.OUTLIER and (grown or ran_away(case)) and not case.bad("scan_state"):
+    if case.trigger is Trigger.OUTLIER and (raised_in(case) or ran_away(case)) and not case.bad("scan_state"):
         return True  # whatever the rows seem to show: a rate that has just been raised is under suspicion
     if tools.is_elsewhere(case):
         return False
@@ -170,17 +163,38 @@ class Course:
         recent = tools.finite(case.past.get("recent_losses", ()))
         committed = case.trigger is Trigger.RUNAWAY
         before = _level_before(case, recent)
-        risen = max(since_rise(recent, before), since_growth(tools.finite(case.past.get("recent_rates", ()))))
-        start, back = _start(lab, case, risen + 1, further=further)
+        grown = max((r.num_updates for r in raised_in(case)), default=0)
+        start, back = _start(lab, case, max(since_rise(recent, before), grown) + 1, further=further)
         usual = _usual(case, recent, back)
         calm = [x for x in recent[: len(recent) - back] if x <= limit_of(usual)]
         near = near_limit(calm, usual)
         same = recent[-back:] + ([] if committed else [case.reading.loss])
         if committed and not median(same[-_TAIL:]) > near:
             raise NotPossible(f"the loss is near that of before ({usual:.4g}), there is nothing to cure")
-        walked = WALK_STEPS if committed else max(WALK_STEPS, back + 1)
+        # From further back, a walk that ends before the rise would hold at any rate.
+        walked = WALK_STEPS if committed and not further else max(WALK_STEPS, back + (not committed))
         worst = max(2.0 * usual, usual + 1.0, 1.5 * max(calm, default=usual))
         return cls(start, back, walked, same, usual, near, worst, committed, _boost(lab, case, back, walked))
+
+    @classmethod
+    def since(cls, lab: Lab, case: Case, num_updates: int) -> Course:
+        """The course from the state that the oldest of the newest ``num_updates`` updates was made from.
+
+        Raises NotPossible where that cannot be had, or the course went well.
+        """
+        recent = tools.finite(case.past.get("recent_losses", ()))
+        committed = case.trigger is Trigger.RUNAWAY
+        made = num_updates - (case.trigger is Trigger.UPDATE)
+        start = _updates_back(lab, made)
+        calm = recent[: max(0, len(recent) - made)]
+        usual = _usual(case, recent, made) if made else _level_before(case, recent)
+        near = near_limit([x for x in calm if x <= limit_of(usual)], usual)
+        same = recent[len(calm) :] + ([] if committed else [case.reading.loss])
+        if committed and not median(same[-_TAIL:]) > near:
+            raise NotPossible(f"the loss is near that of before ({usual:.4g}), there is nothing to cure")
+        back = lab.before.step - start.step
+        worst = max(2.0 * usual, usual + 1.0, 1.5 * max(calm, default=usual))
+        return cls(start, back, back, same, usual, near, worst, committed, 1.0)
 
     @property
     def cost(self) -> float:
@@ -208,6 +222,22 @@ class Course:
         changes: dict[str, Any] = {"lr_factor": lab.now.lr_factor * factor * self.boost, **self.warmup(case)}
         with _stopping_beyond(lab, self.worst):
             return self._walked(lab, replace(lab.now, **changes))
+
+    def as_proved(self, lab: Lab, conditions: Conditions) -> Walk:
+        """A walk over the very steps of a plan's proof, which it then is; ends early at a blow-up.
+
+        Raises NotPossible, BudgetSpent.
+        """
+        steps = steps_of(lab, self.start, ProofSettings().past_steps)
+        with _stopping_beyond(lab, self.worst):
+            shots = lab.course(self.start, conditions, steps)
+        return Walk(tuple(s.reading.loss for s in shots), len(shots) == len(steps) and not shots[-1].bad)
+
+    def is_near(self, walk: Walk) -> bool:
+        """Its level is that of before; halfway to that of the run's own course is no cure."""
+        same = tools.finite(self.losses_same[-_TAIL:])
+        halfway = (median(same) + self.usual) / 2 if len(same) == len(self.losses_same[-_TAIL:]) else math.inf
+        return walk.level <= min(limit_of(self.usual), max(self.near, halfway))
 
     def warmup(self, case: Case) -> dict[str, int]:
         """Conditions of a re-warm-up over half of the walk; none where the schedule itself is still rising."""
@@ -258,6 +288,23 @@ def _start(lab: Lab, case: Case, risen: int, *, further: bool) -> tuple[Snapshot
         if snapshot is not None:
             return snapshot, back
     raise NotPossible(f"no state from {wanted} steps before can be had")
+
+
+def _updates_back(lab: Lab, made: int) -> Snapshot:
+    """The state before the newest ``made`` updates. Raises NotPossible where it cannot be had.
+
+    A batch that was given up is a step without an update.
+    """
+    now, back = int(lab.before.record["updates"]), made
+    while back <= min(lab.before.step, 2 * MAX_BACK_STEPS):
+        snapshot = lab.state_at(lab.before.step - back)
+        if snapshot is None:
+            break
+        lacking = made - (now - int(snapshot.record["updates"]))
+        if lacking <= 0:
+            return snapshot
+        back += lacking
+    raise NotPossible(f"no state from {made} updates before can be had")
 
 
 def _most_back(lab: Lab) -> int:

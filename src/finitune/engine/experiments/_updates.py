@@ -9,10 +9,11 @@ from finitune.core.incident import Trigger
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
 from finitune.engine.lab import Lab
+from finitune.engine.look.codes_update import LOSS_RESCALED
 from finitune.engine.prove import is_at_hand
 from finitune.engine.snapshot import Snapshot
 
-_OWN = (Trigger.UPDATE, Trigger.OUTLIER, Trigger.SILENT)
+_OWN = (Trigger.UPDATE, Trigger.OUTLIER)
 """The failing step has finite loss and gradients, and its batch is at hand: its own update can be made."""
 _MAX_BACK = 4
 
@@ -21,11 +22,16 @@ _MAX_BACK = 4
 def standing_before_it(lab: Lab, case: Case) -> Iterator[None]:
     """Inside, the port stands before that update, its batch at the cursor; afterwards as before the failing step.
 
-    A step that was committed when the failure was seen (RUNAWAY) leaves a bare loop without a batch at hand, and one
-    whose loss or gradients are not finite makes no update. Raises NotPossible, BudgetSpent.
+    A step that was committed when the failure was seen (RUNAWAY, SILENT) leaves a bare loop without a batch at hand,
+    and one whose loss or gradients are not finite makes no update. Raises NotPossible, BudgetSpent.
     """
     with lab.standing_at(_start(lab, case)):
         yield
+
+
+def of_the_loss(case: Case) -> bool:
+    """A silent fault of the loss function's own: no update has a part in it."""
+    return case.trigger is Trigger.SILENT and case.finding.code == LOSS_RESCALED.code
 
 
 def _start(lab: Lab, case: Case) -> Snapshot:
@@ -34,7 +40,7 @@ def _start(lab: Lab, case: Case) -> Snapshot:
     found = _before_the_last_update(lab)
     if found is not None:
         return found
-    if case.trigger is Trigger.RUNAWAY and is_at_hand(lab.port):
+    if case.trigger in (Trigger.RUNAWAY, Trigger.SILENT) and is_at_hand(lab.port):
         return lab.before
     raise NotPossible("no state from before the last update can be had")
 

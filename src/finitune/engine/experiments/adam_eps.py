@@ -42,9 +42,9 @@ EPS = 1e-4
 
 
 def wanted(case: Case) -> bool:
-    """The update of an Adam spoils half weights, and eps is smaller than the one to try."""
+    """The update of an Adam spoils half weights, and eps is smaller than the one to try; a pair is no Adam's eps."""
     eps = case.facts.get("adam_eps")
-    small = not isinstance(eps, int | float) or eps < EPS
+    small = eps is None or (isinstance(eps, int | float) and eps < EPS)
     return case.trigger is Trigger.UPDATE and is_adam(case) and is_half(case) and small
 
 

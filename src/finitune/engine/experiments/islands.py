@@ -30,6 +30,7 @@ from finitune.engine.conditions import NotPossible
 from finitune.engine.experiments._tools import Findings, evidence, fails_in_step, products_are_half
 from finitune.engine.lab import Lab
 from finitune.engine.policy import is_scale_overflow
+from finitune.engine.scaler import USUAL_SCALE
 
 ORDER = 70
 COST = 4.0
@@ -48,16 +49,29 @@ _NUMBERS = re.compile(r"\d+")
 
 
 def wanted(case: Case) -> bool:
-    """fp32 cures a step whose products are half, and neither the loss scale nor the attention kernel is the reason."""
-    other = case.good("loss_scales") or case.good("math_attention")
+    """fp32 cures a step whose products are half, and neither a loss scale that suits all nor another kernel does."""
+    other = (_scale_suits(case) and not _has_fallen(case)) or case.good("math_attention")
     return fails_in_step(case) and products_are_half(case) and case.good("fp32") and not other
+
+
+def _scale_suits(case: Case) -> bool:
+    """At a smaller loss scale the step is good, and no gradient is lost."""
+    return case.good("loss_scales") and case.number("loss_scales", "suits", True) is not False
+
+
+def _has_fallen(case: Case) -> bool:
+    """A scale at which steps went well does no more: one part may have become loud, and the rest is fine there."""
+    scale, before = case.reading.loss_scale, case.facts.get("scale_before")
+    return case.trigger is Trigger.SCALE and scale is not None and before is not None and scale < before
 
 
 def run(lab: Lab, case: Case) -> Findings:
     """Search. Raises NotPossible where modules cannot be set apart here, BudgetSpent."""
     search = _Search(lab)
     parts = parts_of(lab.port.model)
-    curing = next((s for s in starts(case, lab.port.model, parts) if search.cures(s)), None)
+    # Where a smaller scale suits, only what is loud by itself is better kept apart: not half of the model.
+    sets = [s for s in starts(case, lab.port.model, parts) if s != parts or not _scale_suits(case)]
+    curing = next((s for s in sets if search.cures(s)), None)
     smallest = search.smallest(curing) if curing is not None else ()
     if not search.num_tried:
         raise search.refused or NotPossible("the model has no modules to set apart")
@@ -126,7 +140,7 @@ class _Search:
     def cures(self, names: Sequence[str]) -> bool:
         """Whether the step is good with these modules in fp32."""
         together = tuple(dict.fromkeys((*self.lab.now.fp32_modules, *names)))
-        conditions = replace(self.lab.now, fp32_modules=together)
+        conditions = replace(self.lab.now, fp32_modules=together, loss_scale=self._usual_scale())
         try:
             shot = self.lab.shoot(conditions)
             if shot.bad and self._is_left_to_the_scaler(shot.reading):
@@ -136,6 +150,16 @@ class _Search:
             return False
         self.num_tried += 1
         return not shot.bad
+
+    def _usual_scale(self) -> float | None:
+        """A scaler that came down for the sake of one part: the rest is to be as before, at the scale of then."""
+        case, now = self.lab.case, self.lab.now.loss_scale
+        scale, num = case.reading.loss_scale, case.facts.get("num_skipped")
+        if now is not None or case.trigger is not Trigger.SCALE or scale is None:
+            return now
+        if _has_fallen(case):
+            return float(case.facts["scale_before"])
+        return min(scale * 2.0**num, USUAL_SCALE) if num else None
 
     def _is_left_to_the_scaler(self, reading: Reading) -> bool:
         """The forward pass is cured, and the gradients only overflow at this scale: a run takes a smaller one then."""

@@ -5,7 +5,9 @@ What it changes:
 
 What each outcome says:
     GOOD: their losses stay near those of before. The step is a hard or rare sample and does no harm.
-    BAD: they rise. The update harms what the model had learnt.
+    BAD: they rise. The update harms what the model had learnt. Where losses are of either sign (policy gradients) a
+    known batch counts as harmed only beyond all losses that the run has had lately: it is no measure of what the policy
+    knows, and moves with every ratio.
 
 What it costs:
     One replay for the step, one for each of two batches; two more where their losses of before are not known yet.
@@ -60,8 +62,14 @@ def run(lab: Lab, case: Case) -> Findings:
     with lab.standing_at(lab.before):
         commit(lab)
         after = lab.losses_of(steps)
-    good = all(a <= b + max(MAX_RISE_SHARE * b, MIN_RISE_NATS) for a, b in zip(after, before, strict=True))
+    usual = _usual_spread(case)
+    good = all(a <= b + max(MAX_RISE_SHARE * b, MIN_RISE_NATS, usual) for a, b in zip(after, before, strict=True))
     return evidence("let_pass", good, before=before, after=after), ()
+
+
+def _usual_spread(case: Case) -> float:
+    """How far from 0 the losses of either sign have been lately; 0 where all are positive."""
+    return max(finite(case.past.get("recent_losses") or []), default=0.0) if case.past.get("is_signed") else 0.0
 
 
 def _known(case: Case) -> tuple[list[int], list[float]]:

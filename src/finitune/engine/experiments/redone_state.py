@@ -63,12 +63,12 @@ def wanted(case: Case) -> bool:
     if case.bad("scan_state") or precision_explains(case):
         return False
     if case.trigger is Trigger.RUNAWAY:
-        return _leapt(case)
+        return leapt(case)
     spoilt = fails_in_step(case) and case.bad("known_good_batch") and not case.number("known_good_batch", "num_good")
-    return spoilt and (not ran_away(case) or _leapt(case))
+    return spoilt and (not ran_away(case) or leapt(case))
 
 
-def _leapt(case: Case) -> bool:
+def leapt(case: Case) -> bool:
     """At least half of the rise (of the logarithm of the loss) was made in one step; a rate takes several."""
     losses = finite(case.past.get("recent_losses", ()))
     risen, calm = num_risen(losses), calm_level(losses)

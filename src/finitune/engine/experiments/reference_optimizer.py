@@ -31,6 +31,7 @@ from finitune.core.incident import Result, Suspect, Trigger, Words
 from finitune.core.types import Reading
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
+from finitune.engine.direction import is_plain
 from finitune.engine.experiments._course import limit_of
 from finitune.engine.experiments._formulas import Made, whole_formula_of
 from finitune.engine.experiments._tools import (
@@ -41,7 +42,7 @@ from finitune.engine.experiments._tools import (
     is_elsewhere,
     precision_explains,
 )
-from finitune.engine.experiments._updates import standing_before_it
+from finitune.engine.experiments._updates import of_the_loss, standing_before_it
 from finitune.engine.experiments.update_share import commit
 from finitune.engine.lab import Lab
 from finitune.engine.policy import Action
@@ -64,7 +65,6 @@ GROSS = 0.1
 CLEARLY = 1.05
 """The loss of the run is above that of the course with the formula's updates by at least this factor."""
 _BACK, _TAIL = 8, 3
-_PLAIN_NAMES = ("adam", "adamw", "sgd", "fusedadam", "fusedsgd", "cpuadam", "deepspeedcpuadam", "distributedfusedadam")
 
 
 def wanted(case: Case) -> bool:
@@ -73,7 +73,7 @@ def wanted(case: Case) -> bool:
     Fresh moments are no explanation: they heal a wrong optimizer for some steps as well as bad moments. Where the step
     itself fails, the updates before it are to be suspected once batches that went well fail too.
     """
-    if case.good("adam_eps") or case.bad("scan_state"):
+    if case.good("adam_eps") or case.bad("scan_state") or case.bad("past_loss") or of_the_loss(case):
         return False
     if case.trigger in (Trigger.UPDATE, Trigger.RUNAWAY, Trigger.SILENT):
         return True
@@ -161,16 +161,6 @@ def _cures(lab: Lab, case: Case) -> tuple[bool, list[float]]:
             return False, losses
     level, then = fmean(losses[-_TAIL:]), fmean([*recent, case.reading.loss][-_TAIL:])
     return level <= limit_of(losses[0]) and not then <= level * CLEARLY, losses
-
-
-def is_plain(optimizer: torch.optim.Optimizer) -> bool:
-    """It claims to be Adam, AdamW or SGD: a finite difference from their formula is a fault.
-
-    Others of the family (AdamP, schedule-free and their like) differ on purpose; only what is not finite tells there.
-    """
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.SGD):
-        return True
-    return type(optimizer).__name__.lower() in _PLAIN_NAMES
 
 
 def relative_difference(was: torch.Tensor, expected: torch.Tensor, now: torch.Tensor) -> float:

@@ -34,6 +34,9 @@ SAYS: Mapping[Result, Words] = {
 _TRIGGERS = (Trigger.LOSS, Trigger.GRADIENT, Trigger.SCALE, Trigger.UPDATE, Trigger.OUTLIER)
 _MAX_SPANS = 2
 
+_BATCHES = 2
+"""So many different batches failed in a row: no row is to blame."""
+
 
 def wanted(case: Case) -> bool:
     """The step itself fails, its batch has parts, and other batches do not all fail as well.
@@ -43,6 +46,8 @@ def wanted(case: Case) -> bool:
     if case.trigger not in _TRIGGERS or case.facts.get("num_units") == 1 or signs.empty_micro(case) is not None:
         return False
     others_fail = case.bad("known_good_batch") and not case.number("known_good_batch", "num_good", 0)
+    if (case.facts.get("num_skipped") or 0) >= _BATCHES:
+        return False
     return not others_fail and not case.bad("supervised_tokens")
 
 

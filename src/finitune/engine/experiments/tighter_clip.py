@@ -45,7 +45,7 @@ SAYS = {
 
 def wanted(case: Case) -> bool:
     """As for the rate, and after it where it did not cure. Before it where the rise began with a leap under SGD."""
-    if not course_wanted(case) or case.good("lower_lr"):
+    if not course_wanted(case) or case.good("lower_lr") or case.good("borne_rate"):
         return False
     stands_out = case.trigger is Trigger.OUTLIER and "grad_norm" in case.finding.data
     return case.bad("lower_lr") or (not is_adam(case) and (stands_out or jumped(case)))

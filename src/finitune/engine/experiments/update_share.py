@@ -29,7 +29,7 @@ from finitune.core.types import Reading
 from finitune.engine.case import Case
 from finitune.engine.conditions import NotPossible
 from finitune.engine.experiments._tools import Findings, evidence
-from finitune.engine.experiments._updates import standing_before_it
+from finitune.engine.experiments._updates import of_the_loss, standing_before_it
 from finitune.engine.lab import Lab
 from finitune.engine.monitor import read
 
@@ -53,7 +53,7 @@ _TRIGGERS = (Trigger.UPDATE, Trigger.RUNAWAY, Trigger.OUTLIER, Trigger.SILENT)
 def wanted(case: Case) -> bool:
     """The update is under suspicion, and nothing has explained it yet."""
     explained = case.good("adam_eps") or case.bad("scan_state") or case.bad("supervised_tokens")
-    return case.trigger in _TRIGGERS and not explained
+    return case.trigger in _TRIGGERS and not explained and not of_the_loss(case)
 
 
 def run(lab: Lab, case: Case) -> Findings:

@@ -20,9 +20,14 @@ IGNORED = -100
 _SHOWN = 8
 _REWARDS = ("reward", "advantage", "score")
 _MASKS = ("mask", "bias")
+_MASK_DIMS = 4
+"""Rows, heads, queries, keys."""
 _EMPTY_ROWS = 12
-_EMPTY_SHARE = 0.18
-"""Of runs over data with one row in twenty empty, fewer than one in a thousand reaches both (simulated)."""
+"""Fewer tell nothing of the data, however soon they come up."""
+_USUAL_SHARE = 0.05
+"""Up to one row in twenty is empty in good data."""
+_DOUBT = 0.01
+"""Of runs whose rows are empty with the usual share, at most so many are ever told of it."""
 _ROWS = 2
 """Rows in which the stop token must be masked before it is said to be so: one may be cut off."""
 Named = Sequence[tuple[str, Tensor]]
@@ -32,9 +37,9 @@ Named = Sequence[tuple[str, Tensor]]
 def of_batch(micros: Sequence[Named], model: nn.Module) -> tuple[Finding, ...]:
     """Everything that is wrong with the tensors of one step, given as one list of named tensors per micro-batch."""
     found: list[Finding] = []
-    for named in micros:
+    for micro, named in enumerate(micros):
         dense = [(n, t) for n, t in named if t.layout is torch.strided and not t.is_nested and t.numel()]
-        found += [f for n, t in dense if t.is_floating_point() for f in _floating(n, t)]
+        found += [f for n, t in dense if t.is_floating_point() for f in _floating(n, t, micro)]
     found += _stop_masked(micros, stop_ids(model))
     return tuple(found)
 
@@ -52,17 +57,17 @@ def stop_ids(model: nn.Module) -> frozenset[int]:
 # -- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _floating(name: str, tensor: Tensor) -> Iterator[Finding]:
+def _floating(name: str, tensor: Tensor, micro: int) -> Iterator[Finding]:
     low = name.lower()
     if any(m in low for m in _MASKS):
-        yield from _blind(name, tensor)
+        yield from _blind(name, tensor, micro)
         return
     bad = ~torch.isfinite(tensor)
     num_bad = int(bad.sum())
     if not num_bad:
         return
     index = _first(bad)
-    rows = bad.reshape(bad.shape[0], -1).any(1).nonzero().flatten().tolist() if bad.dim() else []
+    rows = _rows_with(bad)
     is_reward = any(r in low for r in _REWARDS)
     yield (REWARD_MISSING if is_reward else INPUT_NOT_FINITE).find(
         name,
@@ -72,18 +77,28 @@ def _floating(name: str, tensor: Tensor) -> Iterator[Finding]:
         bad=num_bad,
         total=tensor.numel(),
         row_numbers=", ".join(str(r + 1) for r in rows[:_SHOWN]) or "-",
+        micro=micro,
+        row_indices=rows[:_SHOWN],
         fault_class="K" if is_reward else "N",
     )
 
 
-def _blind(name: str, mask: Tensor) -> Iterator[Finding]:
+def _rows_with(bad: Tensor) -> list[int]:
+    """Numbers (from 0) of the rows in which anything is set."""
+    return bad.reshape(bad.shape[0], -1).any(1).nonzero().flatten().tolist() if bad.dim() else []
+
+
+def _blind(name: str, mask: Tensor, micro: int) -> Iterator[Finding]:
     """Rows of an additive mask (..., queries, keys) without any key; a finite minimum is none."""
     if mask.dim() < 3:
         return
     blind = (mask == -math.inf).all(-1)
     if bool(blind.any()):
         index = ", ".join(map(str, _first(blind)))
-        yield BLIND_ROW.find(name, name=name, count=int(blind.sum()), index=index, fault_class="E")
+        # A mask of one row is that of all rows of its micro-batch.
+        rows = _rows_with(blind)[:_SHOWN] if mask.dim() == _MASK_DIMS and mask.shape[0] > 1 else []
+        place: dict[str, Any] = {"micro": micro, "row_indices": rows}
+        yield BLIND_ROW.find(name, name=name, count=int(blind.sum()), index=index, fault_class="E", **place)
 
 
 def _first(mask: Tensor) -> tuple[int, ...]:
@@ -97,7 +112,9 @@ def _first(mask: Tensor) -> tuple[int, ...]:
 class Targets:
     """Counts rows without any supervised token over the steps of a run, and says so once.
 
-    A few are harmless, and a single batch tells nothing: up to one row in twenty may be empty in good data.
+    A few are harmless, and a single batch tells nothing. The share is told once it is certain that it is larger than
+    in good data: by the sequential test of Robbins (1970, "Statistical methods related to the law of the iterated
+    logarithm", with a uniform prior), which may be looked at after every row: Ville's inequality bounds its error.
     """
 
     def __init__(self) -> None:
@@ -110,17 +127,33 @@ class Targets:
         if self._told:
             return ()
         for named in micros:
-            labels_BT = _last_named(named, "labels")
-            if labels_BT is not None and labels_BT.dim() == 2 and not labels_BT.is_floating_point():
-                self.num_rows += int(labels_BT.shape[0])
-                self.num_empty += int((labels_BT == IGNORED).all(1).sum())
-        if self.num_empty < _EMPTY_ROWS or self.num_empty < _EMPTY_SHARE * self.num_rows:
+            empty_B = rows_without_target(named)
+            if empty_B is not None:
+                self.num_rows += len(empty_B)
+                self.num_empty += int(empty_B.sum())
+        if not self._are_many():
             return ()
         self._told = True
         share = 100.0 * self.num_empty / self.num_rows
         return (
             EMPTY_ROWS.find("labels", num_empty=self.num_empty, num_rows=self.num_rows, percent=share, fault_class="A"),
         )
+
+    def _are_many(self) -> bool:
+        empty, rows, usual = self.num_empty, self.num_rows, _USUAL_SHARE
+        if empty < _EMPTY_ROWS or empty <= usual * rows:
+            return False
+        # log of the integral over p of p^empty (1 - p)^full, over the same at the usual share.
+        log_any = math.lgamma(empty + 1) + math.lgamma(rows - empty + 1) - math.lgamma(rows + 2)
+        return log_any - empty * math.log(usual) - (rows - empty) * math.log1p(-usual) >= -math.log(_DOUBT)
+
+
+def rows_without_target(named: Named) -> Tensor | None:
+    """Which rows of a micro-batch have no supervised token, (B,) bool; None where it has no labels by token."""
+    labels_BT = _last_named(named, "labels")
+    if labels_BT is None or labels_BT.dim() != 2 or labels_BT.is_floating_point():
+        return None
+    return (labels_BT == IGNORED).all(1)
 
 
 # -- the stop token --------------------------------------------------------------------------------------------------

@@ -27,12 +27,27 @@ _FP16_TINY = 6.2e-5
 
 def differing(model: nn.Module) -> list[Finding]:
     """MOD112 for each buffer that differs from what its module computes when it is built from its configuration."""
-    found = []
+    return [f for name, module, fresh in _fresh(model) for f in _compared(name, module, fresh)]
+
+
+def rebuilt(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Every computed buffer: its name, the tensor itself, and what the configuration gives (on the CPU)."""
+    for prefix, module, fresh in _fresh(model):
+        for name, buffer in module.named_buffers():
+            if name in fresh and buffer.is_floating_point() and not buffer.is_meta:
+                yield _path(prefix, name), buffer, fresh[name]
+
+
+def _fresh(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Tensor]]]:
+    """Modules that hold nothing but computed buffers, and the buffers of one that was built anew."""
     for name, module in model.named_modules():
         fresh = _built_again(module) if _is_computed(module) else None
         if fresh is not None:
-            found += list(_compared(name, module, dict(fresh.named_buffers())))
-    return found
+            yield name, module, dict(fresh.named_buffers())
+
+
+def _path(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def _is_computed(module: nn.Module) -> bool:
@@ -61,7 +76,7 @@ def _compared(prefix: str, module: nn.Module, fresh: dict[str, Tensor]) -> Itera
         expected = fresh.get(name)
         if expected is None or not buffer.is_floating_point() or buffer.is_meta:
             continue
-        path = f"{prefix}.{name}" if prefix else name
+        path = _path(prefix, name)
         if buffer.shape != expected.shape:
             shapes = {"found": str(tuple(buffer.shape)), "expected": str(tuple(expected.shape))}
             yield _finding(path, module, "", buffer.numel(), buffer.numel(), **shapes)

@@ -188,6 +188,63 @@ BEYOND_HALF = Code(
     ),
 )
 
+ONE_EXPERT = Code(
+    "MOD117",
+    Severity.WARNING,
+    Text(
+        "nearly all tokens go to one expert",
+        "{name} gives {percent} % of its probability to expert {expert} of {experts} (a fair share is {fair} %; at the "
+        "look before: {before} %), on {tokens} tokens of the {looks} steps since step {since}.",
+        "No number is bad, and the loss hides it: one expert does all the work, the others get no token and no "
+        "gradient, so they will not come back by themselves.",
+        (
+            "check that the router's weight and bias came with the checkpoint, and that nothing is added to its input",
+            "check that the balance loss has a gradient at {name} (output_router_logits=True) before its coefficient "
+            "is tuned",
+            "compute router logits and softmax in fp32; a z-loss keeps the logits small",
+        ),
+    ),
+    Text(
+        "几乎所有词元都进入同一个专家",
+        "{name} 把 {percent} % 的概率给了 {experts} 个专家中的第 {expert} 个（平均份额为 {fair} %；上次查看时为 "
+        "{before} %），依据自第 {since} 步起 {looks} 步的 {tokens} 个词元。",
+        "没有任何数值异常，损失也看不出来：一个专家承担全部工作，其他专家得不到词元也得不到梯度，因此不会自行恢复。",
+        (
+            "检查路由器的权重和偏置是否随检查点加载，以及是否有东西加到了它的输入上",
+            "在调整均衡损失的系数之前，检查它在 {name} 上是否有梯度（output_router_logits=True）",
+            "路由器的 logits 和 softmax 用 fp32 计算；z-loss 可使 logits 保持较小",
+        ),
+    ),
+)
+
+DEAD_BODY = Code(
+    "MOD118",
+    Severity.WARNING,
+    Text(
+        "the frozen layers add nothing",
+        "What leaves the last of the {count} frozen layers of {body} differs by {percent} % from what enters the "
+        "first. {name} lets the least through: its root mean square times the root of its width is {gain}.",
+        "Layers add to a stream that a trained model multiplies. Layers of too small a scale, or of zeros, leave it as "
+        "it is, and the norm behind them hides that: the model knows no more than its embeddings, and adapters cannot "
+        "make up for it.",
+        (
+            "compare the norms of {name} and its neighbours with those in the checkpoint's files",
+            "check the missing keys of the load, and scales that are applied twice (quantisation, conversion)",
+        ),
+    ),
+    Text(
+        "冻结的层没有任何作用",
+        "{body} 共 {count} 个冻结层，最后一层的输出与第一层的输入仅相差 {percent} %。其中 {name} 透过的最少："
+        "其均方根乘以宽度的平方根为 {gain}。",
+        "每一层都向残差流中加入内容，训练好的模型会使其成倍增大。尺度过小或全为零的层让它保持不变，而其后的归一化掩盖了这一点："
+        "模型只剩下嵌入的知识，适配器无法弥补。",
+        (
+            "把 {name} 及其相邻权重的范数与检查点文件中的比较",
+            "检查加载时缺失的键，以及被应用了两次的缩放（量化、转换）",
+        ),
+    ),
+)
+
 CODES = (
     NOT_FINITE,
     DEAD_LOGITS,
@@ -196,6 +253,8 @@ CODES = (
     NO_GRADIENT,
     NEVER_FILLED,
     BEYOND_HALF,
+    ONE_EXPERT,
+    DEAD_BODY,
     *codes_state.CODES,
     *codes_step.CODES,
 )

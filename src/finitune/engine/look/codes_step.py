@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finitune.core.codes import Code, Text
 from finitune.core.types import Severity
+from finitune.engine.look import codes_update
 
 BLIND_ROW = Code(
     "DAT110",
@@ -190,4 +191,5 @@ CODES = (
     CUT_DEPENDS,
     AUTOCAST_ELSEWHERE,
     NOT_IN_HALF,
+    *codes_update.CODES,
 )

@@ -28,6 +28,24 @@ _SAME_NORM = 0.1
 _SAMPLE = 4096
 LossOf = Callable[[Any], Tensor]
 """The loss of one micro-batch, (), with its graph."""
+_UNEVEN = 2.0
+"""A later step is worth a look where a micro-batch has so many times the supervised tokens of another."""
+_MOST_MORE = 4
+"""Later steps that are looked at: a loss that does not depend on the cutting does not do so in any of them."""
+
+
+class Further:
+    """Which later steps are looked at as well: by chance the micro-batches of the first one may be about even."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_MORE
+
+    def wants(self, micros: Sequence[Any]) -> bool:
+        """The micro-batches of a step are uneven, and there were not many such looks yet; the counts cost nothing."""
+        if self._left == 0 or not any(min(c, default=0) > 0 and max(c) >= _UNEVEN * min(c) for c in _countings(micros)):
+            return False
+        self._left -= 1
+        return True
 
 
 def accumulation(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from finitune.core.types import Finding
+from finitune.engine.look.body import Bodies
 from finitune.engine.look.codes import DEAD_LOGITS, NO_GRADIENT
 from finitune.engine.look.codes_step import AUTOCAST_ELSEWHERE, NOT_IN_HALF
 from finitune.engine.look.weights import beyond_half
@@ -31,6 +32,9 @@ from finitune.numerics.norms import tensor_norms
 # Logits that differ by a standard deviation of s lower the loss by s^2 / 2: below this nobody can tell it from ln V.
 _DEAD_SPREAD = 0.02
 _DEAD_LOSS = 1e-2
+# What a module lets through of its input, largest against largest: of a norm it is about 1, of a product about the
+# root mean square of its weight times the root of its width, 0.1 and more. Where logits are dead one of them is not.
+_BLOCKED = 0.02
 _SHOWN = 4
 Parameters = Sequence[tuple[str, nn.Parameter]]
 
@@ -48,6 +52,9 @@ class FirstPass:
         self._emulated: set[torch.dtype] = set()
         self._spread = math.nan
         self._head = _head_of(model)
+        self._peaks: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+        """Of modules with weights of their own, in the order in which they ran first: largest input and output."""
+        self._bodies = Bodies(model)
         self._original: Any = None
 
     def __enter__(self) -> FirstPass:
@@ -57,6 +64,7 @@ class FirstPass:
         for module in self._model.modules():
             if next(module.parameters(recurse=False), None) is not None:
                 self._handles.append(module.register_forward_hook(self._saw))
+        self._handles += self._bodies.hooks()
         if self._head is not None:
             self._handles.append(self._head.register_forward_hook(self._saw_logits))
         self._listen()
@@ -92,13 +100,21 @@ class FirstPass:
 
         torch.autocast.__init__ = init  # type: ignore[method-assign, assignment]
 
-    def _saw(self, module: nn.Module, _args: Any, output: Any) -> None:
+    def _saw(self, module: nn.Module, args: Any, output: Any) -> None:
+        if id(module) not in self._ran:
+            self._saw_peaks(module, args, output)
         self._ran.add(id(module))
         weight = getattr(module, "weight", None)
         # Norms and embeddings give out what they are fed; products are what a format is asked for.
         product = isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(module, nn.Embedding)
         if product and isinstance(output, Tensor) and output.is_floating_point():
             self._formats[output.device.type, output.dtype] += 1
+
+    @torch.no_grad()
+    def _saw_peaks(self, module: nn.Module, args: Any, output: Any) -> None:
+        given: Any = args[0] if args else None
+        if _has_peak(given) and _has_peak(output):
+            self._peaks[id(module)] = (module, given.abs().amax(), output.abs().amax())
 
     @torch.no_grad()
     def _saw_logits(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -121,7 +137,7 @@ class FirstPass:
             vocabulary: tokens of the head; None: read off the model.
         """
         found = [*self._without_gradient(parameters), *self._elsewhere(), *self._scaled_for_nothing(loss_scale)]
-        found += self._dead(loss, parameters, vocabulary)
+        found += self._dead(loss, parameters, vocabulary) or self._bodies.findings()
         halves = {dtype for _, dtype in self._formats} | self._emulated
         return (*found, *(beyond_half(self._model) if torch.float16 in halves else ()))
 
@@ -177,12 +193,21 @@ class FirstPass:
             return []
         there = [p.grad for _, p in parameters if p.grad is not None]
         zero = sum(norm == 0.0 for norm in tensor_norms(there).tolist()) if there else 0
-        name = _name_of(self._model, self._head)
-        rms = float(weight.detach().float().square().mean().sqrt()) if isinstance(weight, Tensor) else math.nan
+        place = self._blocked_by()
+        name, holder = _tensor_name(self._model, place), getattr(place, "weight", None)
+        rms = float(holder.detach().float().square().mean().sqrt()) if isinstance(holder, Tensor) else math.nan
         numbers: dict[str, Any] = {"num_zero": zero + len(parameters) - len(there), "num_trained": len(parameters)}
         numbers |= {"vocabulary": size}
         values: dict[str, Any] = {"loss": loss, "guess": math.log(size), "spread": self._spread, "rms": rms}
         return [DEAD_LOGITS.find(name, head=name, fault_class="H", **numbers, **values)]
+
+    def _blocked_by(self) -> nn.Module | None:
+        """The last module that lets nothing through of what reaches it: the head, or a norm before it."""
+        for module, given, made in reversed(self._peaks.values()):
+            reached, through = float(given), float(made)
+            if reached > 0 and through <= _BLOCKED * reached:
+                return module
+        return self._head
 
 
 def _head_of(model: nn.Module) -> nn.Module | None:
@@ -194,8 +219,15 @@ def _head_of(model: nn.Module) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _name_of(model: nn.Module, part: nn.Module | None) -> str:
-    return next((n for n, m in model.named_modules() if m is part), "head")
+def _has_peak(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() > 0
+
+
+def _tensor_name(model: nn.Module, part: nn.Module | None) -> str:
+    """The name of the weight of a part, or of the part where it has none."""
+    weight = getattr(part, "weight", None)
+    names = (n for n, p in model.named_parameters() if p is weight)
+    return next(names, next((n for n, m in model.named_modules() if m is part), "head"))
 
 
 def merged(findings: Iterable[Finding]) -> tuple[Finding, ...]:

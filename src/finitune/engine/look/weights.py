@@ -21,6 +21,8 @@ HALF_MAX = 65504.0
 # Rows of real vocabularies (trained ones, and random ones) stay within a factor of some 5 of their median.
 HOT_ROW = 20.0
 """A row is out of proportion when it is this many times as long as the median row."""
+USUAL_ROW = 5.0
+"""Where one row is out of proportion, those beyond the usual are of the same kind: its neighbours, drawn as it was."""
 _MOST_HOT = 0.25
 _TINY = 1e-30
 _ODD_SHARE = 0.01
@@ -168,7 +170,16 @@ def hot_rows(model: nn.Module) -> list[Finding]:
     return [f for name, table_VD in tables(model) if (f := _hot_rows(name, table_VD)) is not None]
 
 
-def _hot_rows(name: str, table_VD: Tensor) -> Finding | None:
+def hot_row_ids(table_VD: Tensor) -> tuple[int, ...]:
+    """The rows of a vocabulary that do not fit, the longest first: those beyond the usual where one of them is out of
+    all proportion. None where too many are.
+    """
+    one, usual = _out_of_proportion(table_VD), _out_of_proportion(table_VD, USUAL_ROW)
+    return usual[0] if one is not None and usual is not None else ()
+
+
+def _out_of_proportion(table_VD: Tensor, limit: float = HOT_ROW) -> tuple[tuple[int, ...], float, float] | None:
+    """Rows longer than ``limit`` medians, the norm of the longest, and the median norm; None where there are none."""
     if not table_VD.is_floating_point() or table_VD.shape[0] < _SHOWN:
         return None
     norms_V = torch.linalg.vector_norm(table_VD, dim=1, dtype=torch.float32)
@@ -176,20 +187,28 @@ def _hot_rows(name: str, table_VD: Tensor) -> Finding | None:
     if not usable_V.numel():
         return None
     middle = float(usable_V.median())
-    hot = (norms_V > HOT_ROW * middle).nonzero().flatten().tolist()
-    if not hot or len(hot) > _MOST_HOT * table_VD.shape[0]:
+    hot = (norms_V > limit * middle).nonzero().flatten()
+    if not len(hot) or len(hot) > _MOST_HOT * table_VD.shape[0]:
         return None
-    longest = max(hot, key=lambda t: float(norms_V[t]))
-    more = f", ... ({len(hot)})" if len(hot) > _SHOWN else ""
+    rows = hot[norms_V[hot].argsort(descending=True, stable=True)].tolist()
+    return tuple(rows), float(norms_V[rows[0]]), middle
+
+
+def _hot_rows(name: str, table_VD: Tensor) -> Finding | None:
+    found = _out_of_proportion(table_VD)
+    if found is None:
+        return None
+    rows, norm, middle = found
+    more = f", ... ({len(rows)})" if len(rows) > _SHOWN else ""
     return HOT_ROWS.find(
         name,
         name=name,
-        count=len(hot),
+        count=len(rows),
         num_rows=table_VD.shape[0],
         limit=HOT_ROW,
         median=middle,
-        tokens=", ".join(map(str, hot[:_SHOWN])) + more,
-        token=longest,
-        norm=float(norms_V[longest]),
+        tokens=", ".join(map(str, sorted(rows)[:_SHOWN])) + more,
+        token=rows[0],
+        norm=norm,
         fault_class="O",
     )

@@ -63,6 +63,14 @@ def newest_step(case: Case) -> int:
     return max(0, case.reading.step - 1)
 
 
+def first_skipped(case: Case) -> int | None:
+    """Batches used up before those that were given up while a scale was sought; None: none were, or no way leads back.
+
+    Giving them up has changed no weight: the cure may begin with the first of them.
+    """
+    return step(case.number("loss_scales", "back_to"))
+
+
 def before_it_went_bad(case: Case) -> int | None:
     """The newest state in which no tensor was bad yet; None where all are good, or that state is not known."""
     if not case.bad("scan_state"):

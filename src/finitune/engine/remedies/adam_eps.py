@@ -36,11 +36,12 @@ _EPS = 1e-4
 
 
 def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
-    """Unless it was tried and is no cure, or one as large is in force."""
-    if rungs.is_impossible(case, "adam_eps") or not case.has_half_weights:
+    """Unless it was tried and is no cure, or one as large is in force; a pair (Adafactor's) is no eps of an Adam."""
+    configured = case.facts.get("adam_eps")
+    if rungs.is_impossible(case, "adam_eps") or not case.has_half_weights or isinstance(configured, list | tuple):
         return
     eps = rungs.number(case.number("adam_eps", "eps")) or _EPS
-    present = rungs.number(now.adam_eps) or rungs.number(case.facts.get("adam_eps")) or 0.0
+    present = rungs.number(now.adam_eps) or rungs.number(configured) or 0.0
     if eps > present:
         back = rungs.before_it_went_bad(case)
         safety = Safety.SAFE if back is None else Safety.LOSSY

@@ -45,6 +45,7 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
         now,
         {"precision": "bf16"},
         temporary=rungs.is_about_range(case) and not rungs.relapses(case, cause, "bf16"),
+        to_step=rungs.first_skipped(case),
         was=rungs.computes_in(case, now) or "-",
     )
 

@@ -45,5 +45,6 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
         now,
         {"precision": "fp32"},
         temporary=rungs.is_about_range(case) and not rungs.relapses(case, cause, "fp32"),
+        to_step=rungs.first_skipped(case),
         was=rungs.computes_in(case, now) or "-",
     )

@@ -54,6 +54,7 @@ def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:
                 Safety.SAFE,
                 now,
                 {"fp32_modules": every},
+                to_step=rungs.first_skipped(case),
                 temporary=past == 0 and rungs.is_about_range(case),
                 count=len(every),
                 modules=rungs.listed(every),

@@ -5,16 +5,19 @@ What it does:
     model, what is trained from the last good state of the run, and only if there is none from the original model. The
     row of the padding token, which is never read on purpose, becomes 0 where it had no good value at all.
     Where finite values were changed, the steps since the last state without the change are computed again.
+    A computed buffer that was lost before training becomes what its module computes from the configuration; rows of a
+    trained vocabulary that are out of all proportion become the mean of the other rows.
 
 What it costs:
-    Nothing for a frozen tensor; for a trained one the updates since that state, in this tensor only. Back to the
-    original model means all that this tensor has learnt (LOSSY).
+    Nothing for a frozen tensor or a buffer; for a trained one the updates since that state, in this tensor only. Back
+    to the original model means all that this tensor has learnt, and the mean all that these rows held (LOSSY).
 
 When it is taken back:
     It is not.
 
 Source:
-    https://github.com/pytorch/torchtitan/issues/951
+    https://github.com/pytorch/torchtitan/issues/951 ; Hewitt 2021, "Initializing New Word Embeddings for Pretrained
+    Language Models"; transformers, ``resize_token_embeddings(mean_resizing=True)`` and ``ROPE_INIT_FUNCTIONS``
 """
 
 from __future__ import annotations
@@ -29,22 +32,30 @@ from finitune.engine.remedies import _rungs as rungs
 
 SAFETY = Safety.SAFE
 SAYS = Words(
-    "{count} tensors take their last good value: {names} (from {source}).",
-    "{count} 个张量取回最后的正常值：{names}（来自 {source}）。",
+    "{count} tensors take a good value: {names} (from {source}).",
+    "{count} 个张量恢复为正常值：{names}（来自 {source}）。",
 )
 ADVICE = Words(
-    "Nothing in the recipe; if it comes back, look at the machine's memory, or load the model anew.",
-    "配置无需修改；若再次出现，请检查机器的内存，或重新加载模型。",
+    "Where it was so from the start: correct the model's files or the code that makes it. If it comes back, look at "
+    "the machine's memory.",
+    "若从一开始就是如此：修正模型文件或生成它的代码。若再次出现，请检查机器的内存。",
 )
 
-_MODEL, _PADDING = "model", "padding: 0"
+_MODEL, _PADDING, _CONFIG, _MEAN = "model", "padding: 0", "config", "mean"
 
 
 def plans(case: Case, cause: Cause, now: Conditions) -> Iterable[Plan]:  # noqa: ARG001
-    """What the scan found; from states first, then from the original model. What a redo found: from that redo."""
+    """What the scan found; from states first, then from the original model. What a redo found: from that redo.
+
+    What a look found before the first step: from the configuration, or from the other rows.
+    """
     if case.good("redone_state"):
         yield from _redone(case, now)
         return
+    if case.good("computed_buffers"):
+        yield _from_elsewhere(rungs.names(case.number("computed_buffers", "buffers")), now, Safety.SAFE, _CONFIG)
+    if case.good("mean_rows"):
+        yield _from_elsewhere(rungs.names(case.number("mean_rows", "tables")), now, Safety.LOSSY, _MEAN)
     if not case.bad("scan_state"):
         return
     made_now = ("gradient", "update")
@@ -69,6 +80,12 @@ def _redone(case: Case, now: Conditions) -> Iterable[Plan]:
     if step is not None and changed:
         data = {"count": len(changed), "names": rungs.listed(changed), "source": f"step {step}"}
         yield Plan("repair_tensor", Safety.SAFE, now, to_step=step, data=data)
+
+
+def _from_elsewhere(names: Sequence[str], now: Conditions, safety: Safety, source: str) -> Plan:
+    """Values that neither an earlier state nor the original model has; see :mod:`finitune.engine.look.repair`."""
+    data = {"count": len(names), "names": rungs.listed(names), "source": source}
+    return Plan("repair_tensor", safety, now, mends=(Mend(Operation.REPAIR, tuple(names)),), data=data)
 
 
 def _of_padding(bad: Sequence[Suspect], now: Conditions) -> Plan:

@@ -96,5 +96,6 @@ def _finding(name: str, tensor: Tensor, beyond: Tensor, *, table: str, num_rows:
         row_numbers=", ".join(str(r + 1) for r in rows[:_SHOWN]) or "-",
         row_indices=rows[:_SHOWN],
         micro=micro,
+        micro_number=micro + 1,
         fault_class="O",
     )

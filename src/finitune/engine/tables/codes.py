@@ -11,7 +11,7 @@ BEYOND_TABLE = Code(
     Text(
         "a number of the batch is beyond the table that it is looked up in",
         "{name}[{index}] is {value}; {table} has {num_rows} rows (0 to {last}). {count} such numbers, in rows "
-        "{row_numbers} of micro-batch {micro}.",
+        "{row_numbers} of micro-batch {micro_number}.",
         "The lookup fails, on a GPU with an assertion that names no row. Usually tokens were added to the tokenizer "
         "and the model was not resized, or the -100 of the labels stands among the ids. No weight was touched.",
         (
@@ -23,7 +23,7 @@ BEYOND_TABLE = Code(
     Text(
         "批次中的某个编号超出了所查的表",
         "{name}[{index}] 为 {value}；{table} 有 {num_rows} 行（0 到 {last}）。这样的编号共 {count} 个，"
-        "位于微批次 {micro} 的第 {row_numbers} 行。",
+        "位于第 {micro_number} 个微批次的第 {row_numbers} 行。",
         "查表失败，在 GPU 上只有一条不指明数据行的断言。通常是分词器添加了词元而模型没有扩表，"
         "或标签的 -100 混进了 id。权重未受影响。",
         (
