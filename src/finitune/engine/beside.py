@@ -41,7 +41,9 @@ class Beside:
         # Of a run that went back to its very start, weights are again as they came.
         if self._repairs is None or (step == 0 and self._step > 0 and self._is_open):
             nothing: list[Repair] = []
-            self._repairs = _tried(lambda: repairs(guard.port.model), nothing) if guard.able else nothing
+            trained = guard.port.state.updates > 0
+            found = _tried(lambda: repairs(guard.port.model, is_trained=trained), nothing)
+            self._repairs = found if guard.able else nothing
         self._step = step
         if self._repairs and guard.treatment is not None:
             turn = put_right(guard, turn_of, self._repairs[0], guard.treatment)

@@ -94,3 +94,11 @@ def test_half_weights_keep_their_format() -> None:
     found = of_rows(model)
     assert found is not None
     assert found.good[0].dtype is torch.bfloat16
+
+
+def test_rows_of_a_run_that_has_made_updates_are_what_they_have_become() -> None:
+    model = tiny_llama(0, **SIZES)
+    model.lm_head.weight.data[60] *= 500.0
+    model.get_buffer(FREQUENCIES).zero_()
+    assert [r.experiment for r in repairs(model)] == ["computed_buffers", "mean_rows"]
+    assert [r.experiment for r in repairs(model, is_trained=True)] == ["computed_buffers"]

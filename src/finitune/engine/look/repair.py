@@ -60,9 +60,15 @@ class Repair:
                     tensor.copy_(value)
 
 
-def repairs(model: nn.Module) -> list[Repair]:
-    """Every repair that the model as it stands asks for; none for a sound one."""
-    return [r for r in (of_buffers(model), of_rows(model)) if r is not None]
+def repairs(model: nn.Module, *, is_trained: bool = False) -> list[Repair]:
+    """Every repair that the model as it stands asks for; none for a sound one.
+
+    Args:
+        model: before a step.
+        is_trained: the run has made updates: its rows are what they have become, only buffers can have been lost.
+    """
+    found = (of_buffers(model), None if is_trained else of_rows(model))
+    return [r for r in found if r is not None]
 
 
 def of_buffers(model: nn.Module) -> Repair | None:
