@@ -98,15 +98,16 @@ def test_loud_rows_become_the_mean_before_anything_is_trained(options: dict[str,
 @pytest.mark.parametrize(
     ("spoil", "policy", "expected"),
     [
-        (loud_head, "observe", ("MOD402", None, "observed")),
-        (loud_head, "safe", ("MOD402", None, "observed")),  # the mean gives up what these rows held: not without loss
-        (lost_buffer, "observe", ("MOD400", None, "observed")),
-        (loud_embedding, "auto", ("unknown", "let_pass", "passed")),
+        (loud_head, "observe", [(1, "MOD402", None, "observed")]),
+        # The mean gives up what these rows held: not without loss.
+        (loud_head, "safe", [(1, "MOD402", None, "observed")]),
+        (lost_buffer, "observe", [(1, "MOD400", None, "observed")]),
+        (loud_embedding, "auto", []),
     ],
 )
 def test_what_is_not_allowed_or_not_borne_out_changes_no_bit(spoil: Any, policy: str, expected: Any) -> None:
     guard, weights = guarded(spoil, policy=policy)
-    assert told(guard) == [(1, *expected)]
+    assert told(guard) == expected
     assert same(weights, plain(spoil))
 
 

@@ -17,6 +17,7 @@ from finitune.data.config import DataConfig
 from finitune.data.encode import Encoder, Outcome
 from finitune.data.records import Example, Message
 from finitune.data.rowcodes import (
+    ANSWER_REWRITTEN,
     CONTROL_TEXT,
     MASK_UNCERTAIN,
     RAW_NEEDS_ONE_TURN,
@@ -286,3 +287,19 @@ def test_spans_lie_in_the_text_and_in_order(tokenizer_for: Callable[..., Any]) -
         assert flat == sorted(flat)
         assert len(rendered.spans) == 2
         assert flat[-1] <= len(rendered.text)
+
+
+@pytest.mark.parametrize("change", ["replace(' ', '_')", "upper", "tojson"])
+def test_answers_in_the_words_of_the_template_are_told(tokenizer_for: Callable[..., Any], change: str) -> None:
+    tokenizer = tokenizer_for("chatml")
+    assert "m.content" in tokenizer.chat_template
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", f"(m.content | {change})")
+    messages = (Message("user", "Say it"), Message("assistant", 'two "words" here'))
+    told = [f for f in encode(tokenizer, messages).findings if f.code == ANSWER_REWRITTEN.code]
+    assert [f.data["turn"] for f in told] == [1]
+
+
+def test_white_space_around_and_within_an_answer_is_the_templates_own_affair(tokenizer_for: Callable[..., Any]) -> None:
+    tokenizer = tokenizer_for("chatml")
+    messages = (Message("user", "Say it"), Message("assistant", "  two\n\nwords  "))
+    assert all(f.code != ANSWER_REWRITTEN.code for f in encode(tokenizer, messages).findings)

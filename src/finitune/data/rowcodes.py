@@ -264,6 +264,23 @@ TURN_REWRITTEN = _note(
     ),
     ("split the conversation: one row per answer trains them all", "拆分对话：每个回答一行即可全部训练"),
 )
+ANSWER_REWRITTEN = Code(
+    "DAT065",
+    Severity.WARNING,
+    Text(
+        "The chat template changes the answer",
+        "row {row}: the answer of turn {turn} is trained in the words of the template: {shown!r} instead of {meant!r}",
+        "The model learns to write what the template makes of the answers (escaped, in capitals, with other letters), "
+        "and at inference nobody changes it back.",
+        ("use a template that prints the answers unchanged", _MEND_EN),
+    ),
+    Text(
+        "聊天模板改动了回答",
+        "第 {row} 行：第 {turn} 轮的回答按模板改写后的文字训练：{shown!r}，而不是 {meant!r}",
+        "模型会学着写出模板改写后的样子（转义、大写、换字符），而推理时没有人把它改回来。",
+        ("使用原样输出回答的模板", _MEND_ZH),
+    ),
+)
 CONTROL_TEXT = _note(
     "DAT064",
     (
@@ -283,5 +300,6 @@ ROW_CODES = (
     *(BROKEN_JSON_LINE, INVALID_UTF8, NOT_AN_OBJECT, MISSING_FIELD, WRONG_TYPE, EMPTY_ANSWER, EMPTY_PROMPT),
     *(UNKNOWN_ROLE, NO_ANSWER, MEDIA, TEMPLATE_REFUSED, TEMPLATE_DROPS, NO_SUPERVISED, ROW_TOO_LONG),
     *(ANSWER_TOO_LONG, ID_BEYOND_EMBEDDING, MASK_UNCERTAIN, BAD_TEXT, RAW_NEEDS_ONE_TURN),
-    *(PROMPT_TRUNCATED, TURNS_DROPPED, ANSWER_TRUNCATED, TURN_REWRITTEN, CONTROL_TEXT),
+    *(PROMPT_TRUNCATED, TURNS_DROPPED, ANSWER_TRUNCATED, TURN_REWRITTEN, ANSWER_REWRITTEN),
+    CONTROL_TEXT,
 )

@@ -29,7 +29,14 @@ from finitune.core.errors import UserError
 from finitune.core.types import Finding
 from finitune.data.codes import NO_CHAT_TEMPLATE
 from finitune.data.records import Example, Message, row_finding
-from finitune.data.rowcodes import MASK_UNCERTAIN, RAW_NEEDS_ONE_TURN, TEMPLATE_DROPS, TEMPLATE_REFUSED, TURN_REWRITTEN
+from finitune.data.rowcodes import (
+    ANSWER_REWRITTEN,
+    MASK_UNCERTAIN,
+    RAW_NEEDS_ONE_TURN,
+    TEMPLATE_DROPS,
+    TEMPLATE_REFUSED,
+    TURN_REWRITTEN,
+)
 
 Span = tuple[int, int]
 
@@ -84,6 +91,10 @@ class RawRenderer:
         return (len(self.begin), len(self.begin) + len(example.messages[0].content)) if turn == 0 else None
 
 
+_SHOWN = 40
+"""Characters of an answer in a finding."""
+
+
 @dataclass(frozen=True)
 class ChatRenderer:
     """A tokenizer's chat template. Made by :func:`chat_renderer`."""
@@ -113,7 +124,8 @@ class ChatRenderer:
             missed = next((i for i in wanted if not self._holds(example, text, by_turn, i)), None)
             if missed is not None:
                 return row_finding(MASK_UNCERTAIN, example.id, turn=missed)
-            return Rendered(text, tuple(self._trimmed(text, by_turn[i]) for i in wanted))
+            spans = {i: self._trimmed(text, by_turn[i]) for i in wanted}
+            return Rendered(text, tuple(spans.values()), _rewritten(example, text, spans))
         return self._located(example, text, wanted)
 
     def region(self, example: Example, turn: int) -> Span | None:
@@ -189,19 +201,19 @@ class ChatRenderer:
         return any(start <= at and at + len(_STAND_IN) <= end for start, end in blocks)
 
     def _located(self, example: Example, text: str, wanted: Sequence[int]) -> Rendered | Finding:
-        spans: list[Span] = []
+        spans: dict[int, Span] = {}
         rewritten: list[int] = []
         for turn in wanted:
             span = self._by_prefix(example, text, turn) or self._by_stand_in(example, text, turn)
-            if span is not None and (not spans or span[0] >= spans[-1][1]):
-                spans.append(span)
+            if span is not None and span[0] >= max((end for _, end in spans.values()), default=0):
+                spans[turn] = span
             elif turn == wanted[-1]:
                 return row_finding(MASK_UNCERTAIN, example.id, turn=turn)
             else:
                 rewritten.append(turn)
         shown = ", ".join(map(str, rewritten))
         notes = (row_finding(TURN_REWRITTEN, example.id, turns=shown),) if rewritten else ()
-        return Rendered(text, tuple(spans), notes)
+        return Rendered(text, tuple(spans.values()), notes + _rewritten(example, text, spans))
 
     def _by_prefix(self, example: Example, text: str, turn: int) -> Span | None:
         messages = example.messages
@@ -265,6 +277,20 @@ class ChatRenderer:
         """Without the white space after a closing special token."""
         kept = text[span[0] : span[1]].rstrip()
         return (span[0], span[0] + len(kept)) if kept.endswith(self.markers) else span
+
+
+def _rewritten(example: Example, text: str, spans: Mapping[int, Span]) -> tuple[Finding, ...]:
+    """DAT065 for the first answer that does not stand in its own span. White space is the template's own affair, and so
+    is the form of tool calls.
+    """
+    for turn, (start, end) in spans.items():
+        message = example.messages[turn]
+        meant, shown = "".join(message.content.split()), "".join(text[start:end].split())
+        if meant not in shown and not message.tool_calls:
+            at = next((i for i, (a, b) in enumerate(zip(meant, shown, strict=False)) if a != b), 0)
+            words = {"meant": meant[at : at + _SHOWN], "shown": shown[at : at + _SHOWN]}
+            return (row_finding(ANSWER_REWRITTEN, example.id, turn=turn, **words),)
+    return ()
 
 
 def chat_renderer(tokenizer: Any, format_name: str) -> ChatRenderer:

@@ -45,10 +45,10 @@ class Beside:
             found = _tried(lambda: repairs(guard.port.model, is_trained=trained), nothing)
             self._repairs = found if guard.able else nothing
         self._step = step
-        if self._repairs and guard.treatment is not None:
-            turn = put_right(guard, turn_of, self._repairs[0], guard.treatment)
-            del self._repairs[0]
-            return turn
+        while self._repairs and guard.treatment is not None:
+            turn = put_right(guard, turn_of, self._repairs.pop(0), guard.treatment)
+            if turn is not None:
+                return turn
         if not _tried(lambda: self._begun(guard.port), False):
             self._give_up()
         return None

@@ -3,6 +3,8 @@
 batch at hand, as it is -> the experiment: with the good values in place -> diagnosis -> the plan, proved past the step
     -> journalled, put in place, the same batch again        or: nothing is changed, and the run goes on as it is
 
+Where the experiment does not bear it out there is no incident: the look has told what it saw.
+
 Nothing is committed before it is over, so the run begins with what was repaired.
 """
 
@@ -34,35 +36,74 @@ if TYPE_CHECKING:
     from finitune.engine.guard import Guard, Turn
     from finitune.engine.treatment import Treatment
 
-_REMEDY, _HARMLESS = "repair_tensor", "let_pass"
+_REMEDY = "repair_tensor"
 
 
-def put_right(guard: Guard, turn_of: type[Turn], repair: Repair, treatment: Treatment) -> Turn:
-    """The incident of one repair; the batch at hand is computed again afterwards, whatever came of it."""
+def put_right(guard: Guard, turn_of: type[Turn], repair: Repair, treatment: Treatment) -> Turn | None:
+    """The incident of one repair; the batch at hand is computed again after it. None, and nothing is told, where the
+    model does no better with the good values.
+    """
     started_s = time.perf_counter()
-    port = guard.port
+    port, budget = guard.port, Budget(guard.settings.max_replays, guard.settings.max_incident_s)
     try:
         trace = port.forward_backward()
         reading = read(trace)
     finally:
         port.abort()
     finding = replace(repair.finding, veto=True)
-    outcome = Outcome(reading, Judgement(Verdict.ABORT, (finding,)), trace.rows)
-    turn = turn_of(outcome, Action.TREAT, time.perf_counter() - started_s)
-    incident = turn.incident = guard._frozen(turn, Trigger.SILENT)
-    case = Case(incident.trigger, finding, reading, incident.facts, guard._past(), ReplayVerdict.REPRODUCED)
+    suspicion = Case(Trigger.SILENT, finding, reading, dict(port.facts()), guard._past(), ReplayVerdict.REPRODUCED)
+    before = as_snapshot(port)
     try:
-        plan = _investigated(guard, incident, case, repair, treatment)
+        case = _looked_into(Lab(port, suspicion, before, budget, treatment.state_at), repair)
+        if case is None:
+            return None
+        outcome = Outcome(reading, Judgement(Verdict.ABORT, (finding,)), trace.rows)
+        turn = turn_of(outcome, Action.TREAT, time.perf_counter() - started_s)
+        incident = turn.incident = guard._frozen(turn, Trigger.SILENT)
+        plan = _investigated(guard, incident, Lab(port, case, before, budget, treatment.state_at), repair)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         port.abort()
-        plan = None
+        return None
+    finally:
+        before.restore(port)
+    incident.capsule = guard.hooks.keep(incident, case, before)
     incident.rows = ()  # it is none of theirs, and they are trained on
+    incident.replays, incident.time_s = budget.replays + 1.0, budget.elapsed_s
+    _treat(guard, turn, incident, plan, repair, treatment)
+    return turn
+
+
+def _looked_into(lab: Lab, repair: Repair) -> Case | None:
+    """The case with what the experiment says; None where that does not bear the suspicion out."""
+    experiment = registry.load("experiments", repair.experiment)
+    found, suspects = perform(lab, lab.case, repair.experiment, experiment)
+    return lab.case.with_evidence(found).with_suspects(*suspects) if found.result is Result.GOOD else None
+
+
+def _investigated(guard: Guard, incident: Incident, lab: Lab, repair: Repair) -> Plan | None:
+    """The plan, where the policy allows it and the proof holds."""
+    case, settings = lab.case, guard.settings
+    guard._entered(incident, Phase.DIAGNOSING)
+    incident.verdict, incident.suspects, incident.evidence = case.verdict, case.suspects, tuple(case.evidence.values())
+    incident.diagnosis = diagnose(case)
+    plans = candidates(case, incident.diagnosis, guard.port.conditions, settings.policy)
+    plan = next((p for p in plans if p.remedy == _REMEDY), None)
+    if plan is None:
+        return None
+    guard._entered(incident, Phase.RECOVERING)
+    trial = _proved(lab, plan, repair, settings.proof_steps)
+    incident.trials = (trial,)
+    return plan if trial.holds else None
+
+
+def _treat(
+    guard: Guard, turn: Turn, incident: Incident, plan: Plan | None, repair: Repair, treatment: Treatment
+) -> None:
+    """Put the good values in place, or say that nothing was done."""
     if plan is None:
         guard._observed(turn, incident)
-        if any(e.result is Result.BAD for e in incident.evidence):  # the model can do with it, and goes on as it is
-            incident.remedy, incident.outcome = _HARMLESS, "passed"
         treatment.note(incident, None)
     else:
         guard._apply(turn, incident, plan)
@@ -70,32 +111,6 @@ def put_right(guard: Guard, turn_of: type[Turn], repair: Repair, treatment: Trea
         guard._entered(incident, Phase.PROBATION)
     guard.hooks.record("incident", step=incident.step, incident=incident.to_json())
     guard.hooks.told(incident)
-    return turn
-
-
-def _investigated(guard: Guard, incident: Incident, case: Case, repair: Repair, treatment: Treatment) -> Plan | None:
-    """The plan, where the experiment calls for it, the policy allows it and the proof holds. Everything is undone."""
-    port, settings = guard.port, guard.settings
-    before, budget = as_snapshot(port), Budget(settings.max_replays, settings.max_incident_s)
-    lab = Lab(port, case, before, budget, treatment.state_at)
-    guard._entered(incident, Phase.DIAGNOSING)
-    try:
-        experiment = registry.load("experiments", repair.experiment)
-        found, suspects = perform(lab, case, repair.experiment, experiment)
-        case = case.with_evidence(found).with_suspects(*suspects)
-        incident.verdict, incident.suspects, incident.evidence = case.verdict, case.suspects, (found,)
-        incident.diagnosis = diagnose(case)
-        plans = candidates(case, incident.diagnosis, port.conditions, settings.policy)
-        plan = next((p for p in plans if p.remedy == _REMEDY), None)
-        if plan is not None:
-            guard._entered(incident, Phase.RECOVERING)
-            trial = _proved(Lab(port, case, before, budget, treatment.state_at), plan, repair, settings.proof_steps)
-            incident.trials, plan = (trial,), plan if trial.holds else None
-    finally:
-        before.restore(port)
-    incident.capsule = guard.hooks.keep(incident, case, before)
-    incident.replays, incident.time_s = budget.replays + 1.0, budget.elapsed_s
-    return plan
 
 
 def _proved(lab: Lab, plan: Plan, repair: Repair, past_steps: int) -> Trial:

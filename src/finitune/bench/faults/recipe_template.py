@@ -34,7 +34,7 @@ _BODIES = {
 _CODES = {
     "refuses": ("DAT040", "DAT012"),
     "drops the answer": ("DAT041", "DAT012"),
-    "rewrites": ("DAT041", "DAT046", "DAT012"),
+    "rewrites": ("DAT041", "DAT046", "DAT012", "DAT065"),
     "marks nothing": ("DAT042", "DAT046", "DAT012"),
     "marks the question": ("DAT042", "DAT046", "DAT012"),
     "is of another model": ("DAT070", "DAT071"),
@@ -64,7 +64,7 @@ def plant(load: RecipeLoad, random: Random) -> Expected:
         says=f"the chat template {kind}{detail}",
         step=0,
         codes=_CODES[kind],
-        remedies=() if foreign else ("halt",),
+        remedies=() if foreign else ("halt", "none") if kind == "rewrites" else ("halt",),
         never=("NUM", "OPT", "MOD4", "SYS"),
         reference="",
         data={"kind": kind, "template": source},

@@ -87,12 +87,17 @@ def of_rows(model: nn.Module) -> Repair | None:
     """The rows that do not fit, of all tables that are trained."""
     told = {f.where: f for f in hot_rows(model)}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    hot = [(n, t, hot_row_ids(t)) for n, t in tables(model) if n in told and n in trained]
+    # Rows that are not finite are another fault: they are found, and dated, when a batch reads them.
+    hot = [(n, t, _finite(t, hot_row_ids(t))) for n, t in tables(model) if n in told and n in trained]
     found = [(n, t, _means(t, rows), rows) for n, t, rows in hot if rows]
     if not found:
         return None
     names, wrong, good, rows = zip(*found, strict=True)
     return Repair(ROWS, told[names[-1]], names, wrong, good, rows)
+
+
+def _finite(table_VD: Tensor, rows: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(row for row in rows if bool(torch.isfinite(table_VD[row]).all()))
 
 
 def _means(table_VD: Tensor, rows: tuple[int, ...]) -> Tensor:
