@@ -85,8 +85,8 @@ def test_large_steps_are_looked_at_whole() -> None:
     port = _Port()
     check = _checked(port)
     port.held["w|exp_avg_sq"].data[0, 0] = math.inf
-    assert not _one_step(check, tokens=1000)
-    assert _one_step(check, tokens=1100) == ["w|exp_avg_sq"], "2048 tokens since the last whole look"
+    assert not _one_step(check, tokens=2000)
+    assert _one_step(check, tokens=2100) == ["w|exp_avg_sq"], "4096 tokens since the last whole look"
 
 
 def test_the_update_of_the_optimizer_is_not_somebody_else() -> None:

@@ -1,8 +1,8 @@
 """What is looked at in the training state after an update, and when.
 
-The weights are looked at after every update. The moments too where a step has enough tokens, so that the look is half
-a per cent of it, else every few updates: a bad moment shows in the weights at once, or (an infinite second moment)
-stops them. What somebody else wrote between two steps is looked at in the very next one: torch counts the in-place
+The weights are looked at after every update. The moments too where enough tokens were computed since the last look, so
+that it is a quarter of a per cent of the work, else every few updates: a bad moment shows in the weights at once, or (an
+infinite second moment) stops them. What somebody else wrote between two steps is looked at in the very next one: torch counts the in-place
 writes of every tensor (``Tensor._version``, by which autograd refuses stale saved tensors), and to read the counts
 costs microseconds. What torch does not count (``.data``, numpy, a kernel past its end, a bit that flips) is left to
 the whole look.
@@ -17,7 +17,7 @@ from torch import Tensor
 from finitune.engine.port import ReplayPort
 from finitune.numerics.statecheck import ABSURD, bad_tensors
 
-_TOKENS_A_LOOK = {"cpu": 2**11}
+_TOKENS_A_LOOK = {"cpu": 2**12}
 """A whole look reads 12 bytes per parameter (weight and two moments in fp32), a token costs 6 FLOP per parameter
 (Kaplan et al. 2020, section 2.1). A CPU does about 6 FLOP in the time of reading a byte, an accelerator about 200."""
 _TOKENS_A_LOOK_ELSEWHERE = 2**16
