@@ -1,11 +1,11 @@
 """What is looked at in the training state after an update, and when.
 
 The weights are looked at after every update. The moments too where enough tokens were computed since the last look, so
-that it is a quarter of a per cent of the work, else every few updates: a bad moment shows in the weights at once, or (an
-infinite second moment) stops them. What somebody else wrote between two steps is looked at in the very next one: torch counts the in-place
-writes of every tensor (``Tensor._version``, by which autograd refuses stale saved tensors), and to read the counts
-costs microseconds. What torch does not count (``.data``, numpy, a kernel past its end, a bit that flips) is left to
-the whole look.
+that it is a quarter of a per cent of the work, else every few updates: a bad moment shows in the weights at once, or
+(an infinite second moment) stops them. What somebody else wrote between two steps is looked at in the very next one:
+torch counts the in-place writes of every tensor (``Tensor._version``, by which autograd refuses stale saved tensors),
+and to read the counts costs microseconds. What torch does not count (``.data``, numpy, a kernel past its end, a bit
+that flips) is left to the whole look.
 
 Source: https://docs.pytorch.org/docs/stable/notes/autograd.html#in-place-correctness-checks
 """
