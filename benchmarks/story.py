@@ -118,7 +118,7 @@ def main() -> None:
     truth = rows[-1]["held-out loss"]
     for row in rows:
         loss = row["held-out loss"]
-        row["against fp32"] = f"{100 * (loss / truth - 1):+.2f} %" if loss is not None else "-"
+        row["against fp32"] = f"{100 * (loss / truth - 1):+.2f} %" if loss is not None and math.isfinite(loss) else "-"
     report(f"story_{given.model}", rows, [f"The shipped recipe overflow-{given.model}."])
 
 

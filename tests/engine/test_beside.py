@@ -22,7 +22,7 @@ def outcome() -> Outcome:
 
 
 def guard_of(model: nn.Module, step: int = 0) -> Any:
-    port = SimpleNamespace(model=model, state=SimpleNamespace(step=step), batch=list)
+    port = SimpleNamespace(model=model, state=SimpleNamespace(step=step, updates=0), batch=list)
     return SimpleNamespace(port=port, able=True, treatment=None)
 
 
