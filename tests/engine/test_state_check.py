@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from finitune.engine import state_check
 from finitune.engine.state_check import StateCheck
 
 
 class _State:
-    updates = 1
+    updates = 2
 
 
 class _Port:
@@ -28,6 +29,11 @@ class _Port:
 
     def state_tensors(self) -> list[tuple[str, Any]]:
         return [("w", self.weight), *self.held.items()]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_check, "SMALL_BYTES", 0)
 
 
 def _checked(port: _Port, every_updates: int = 10) -> StateCheck:
@@ -124,3 +130,25 @@ def test_inference_tensors_have_no_count_and_are_left_out() -> None:
     with torch.inference_mode():
         port.held["mean"] = torch.zeros(3)
     assert not _one_step(_checked(port))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_a_small_state_is_looked_at_whole_every_time(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    port = _Port()
+    monkeypatch.setattr(state_check, "SMALL_BYTES", sum(t.nbytes for _, t in port.state_tensors()))
+    check = _checked(port)
+    assert not _one_step(check)
+    port.held["w|exp_avg_sq"].data[0, 0] = value  # torch does not count it
+    assert _one_step(check) == ["w|exp_avg_sq"]
+
+
+def test_moments_that_the_first_update_makes_are_known_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_check, "SMALL_BYTES", 2**20)
+    port = _Port()
+    moments, port.held, port.state.updates = port.held, {}, 0
+    check = _checked(port)
+    port.held, port.state.updates = moments, 1
+    assert not _one_step(check)
+    port.state.updates = 2
+    port.held["w|exp_avg_sq"].data[0, 0] = math.inf
+    assert _one_step(check) == ["w|exp_avg_sq"]
