@@ -26,10 +26,10 @@ from finitune.adapters.bare_asked import Loop, LossFn
 from finitune.adapters.bare_batch import SplitRows
 from finitune.adapters.bare_beyond import ids_beyond
 from finitune.adapters.bare_checks import check
-from finitune.adapters.bare_cut import CutLooks
 from finitune.adapters.bare_half import RaisedWeights
 from finitune.adapters.bare_held import HeldBatches, RowNames, micros_of
 from finitune.adapters.bare_keep import Keep
+from finitune.adapters.bare_look import Looks
 from finitune.adapters.bare_loop import LoopGuard
 from finitune.adapters.bare_memory import Room
 from finitune.adapters.bare_monitor import monitor_of
@@ -150,7 +150,7 @@ class BareGuard:
         if team is not None:
             self.engine.beside.close()
             self.engine.silent.looks_back = False  # all ranks would have to, or none
-        self.looks = self.port.looks = CutLooks(loop, check_accumulation=limits.check_accumulation)
+        self.looks = self.port.looks = Looks(loop, check_accumulation=limits.check_accumulation)
         self.note([] if self.raised is None else [self.raised.finding])
         self.note(at_start(self.room, self.looks, self.engine.check.bad_from_start))
         self.incidents: list[Incident] = []

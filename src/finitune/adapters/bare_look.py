@@ -19,7 +19,7 @@ from finitune.adapters.bare_monitor import is_compiled
 from finitune.adapters.codes import NOT_LOOKED
 from finitune.core.types import Finding
 from finitune.engine.look.batch import Targets, of_batch
-from finitune.engine.look.cutting import accumulation
+from finitune.engine.look.cutting import Further, accumulation
 from finitune.engine.look.first_pass import FirstPass
 from finitune.engine.look.start import at_start
 
@@ -30,9 +30,9 @@ class Looks:
     """The looks of one guard; each thing is said once."""
 
     def __init__(self, loop: Loop, *, check_accumulation: bool = False) -> None:
-        """``check_accumulation``: compute the first step once more, to see whether it depends on how it is cut."""
+        """``check_accumulation``: compute the first step (and uneven ones) once more, cut otherwise."""
         self.loop, self.check_accumulation = loop, check_accumulation
-        self._targets = Targets()
+        self._targets, self._further = Targets(), Further()
         self._is_first = True
         self._passed = is_compiled(loop.model)
         self._said: set[tuple[str, str]] = set()
@@ -45,11 +45,11 @@ class Looks:
         """A batch that is handed over: all of the first one, of later ones only whether anything is supervised."""
         named = [[(n, t) for n, t in bare_batch.leaves(m) if isinstance(t, Tensor)] for m in micros]
         found = self._new(lambda: self._targets.add(named), "labels")
-        if not self._is_first:
-            return found
-        self._is_first = False
-        found += self._new(lambda: of_batch(named, self.loop.model), "batch")
-        if self.check_accumulation and len(micros) > 1:
+        first, self._is_first = self._is_first, False
+        if first:
+            found += self._new(lambda: of_batch(named, self.loop.model), "batch")
+        # How it is cut is looked at in the first step, and in a few uneven ones.
+        if self.check_accumulation and len(micros) > 1 and (first or self._further.wants(micros)):
             found += self._new(lambda: self._cut(micros, parameters), "accumulation")
         return found
 
